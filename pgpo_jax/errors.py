@@ -1,0 +1,31 @@
+"""The one exception a user causes, and how a command reports it."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class InputError(ValueError):
+    """Bad input or configuration: one line with the field, what was got, and the rule or fix."""
+
+
+def command(
+    main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Runs a command's `main` and ends the process with its exit code.
+
+    Args:
+      main: Takes the arguments without the program's name; returns an exit code or None (0).
+      argv: The arguments; those of this process when None.
+
+    Raises:
+      SystemExit: With the code that `main` returned, or with 2 after an `InputError`, which becomes
+        the single line `error: ...` on stderr. Every other exception passes through (a traceback
+        and exit code 1).
+    """
+    try:
+        code = main(sys.argv[1:] if argv is None else argv)
+    except InputError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        code = 2
+    raise SystemExit(code or 0)

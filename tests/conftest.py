@@ -1,0 +1,28 @@
+"""What every test runs under: eight CPU devices, strict broadcasting, no network, one compile cache."""
+
+import os
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first call of a jitted function compiles it, so a deadline per example means nothing.
+# The same examples on every machine: a failure is repeated by running the test again.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Points the caches of jax and Hugging Face into pytest's own, before any test imports them."""
+    assert config.cache is not None
+    os.environ["HF_HOME"] = str(config.cache.mkdir("huggingface"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # In the environment too, for the commands that tests start as processes of their own.
+    compilations = str(config.cache.mkdir("jax"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compilations
+    jax.config.update("jax_compilation_cache_dir", compilations)
