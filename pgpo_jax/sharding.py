@@ -1,0 +1,396 @@
+"""Where arrays live: the mesh, the rules that map named axes onto it, and the few helpers that several hosts need.
+
+Everything is written for one process with many devices first; with several processes the same calls hold, every host
+handles the rows `host_rows` gives it and passes only those to `to_global`.
+"""
+
+import dataclasses
+import functools
+import os
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pgpo_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # a batch of rows is split over both
+
+# Logical axis of an array -> mesh axis. An axis that its mesh axes do not divide stays whole.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "row": BATCH_AXES,
+    "column": None,
+    "layer": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged; the product of the axes is the number of devices used."""
+
+    data: int = -1
+    """Copies of the model, each with its own rows (-1: all remaining devices)."""
+    fsdp: int = 1
+    """Devices that share one copy of the parameters; rows are split over these too."""
+    tensor: int = 1
+    """Devices that split heads, the feed-forward width and the vocabulary of one layer."""
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise InputError(
+                f"mesh: got {_show(sizes)}; axes are positive, at most one is -1 (all remaining devices)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes, one per host. On TPU pods and under Slurm nothing need be set."""
+
+    coordinator_address: str | None = None
+    """host:port of process 0 (or the environment variable JAX_COORDINATOR_ADDRESS)."""
+    num_processes: int | None = None
+    """Number of processes (or JAX_NUM_PROCESSES)."""
+    process_id: int | None = None
+    """This process, from 0 (or JAX_PROCESS_ID)."""
+    timeout: int = 300
+    """Seconds to wait for all processes at the start; then the run ends and names those that are missing."""
+    heartbeat_timeout: int = 100
+    """Seconds after which a silent process counts as dead and the others end."""
+
+    def __post_init__(self):
+        for name in ("timeout", "heartbeat_timeout"):
+            if getattr(self, name) <= 0:
+                raise InputError(
+                    f"distributed.{name}: got {getattr(self, name)}; must be a positive number of seconds"
+                )
+
+
+def initialize(config: DistributedConfig = DistributedConfig()) -> None:
+    """Join the other processes; does nothing for a single process.
+
+    Must run before anything else touches JAX devices. Explicit settings win over the environment variables. With neither,
+    JAX joins by itself where a cluster is detected (TPU pods, Slurm, MPI, Kubernetes).
+
+    Raises:
+        InputError: the settings are incomplete or contradict each other.
+        TimeoutError: processes did not come within `config.timeout`; the message names them.
+    """
+    address = config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count = _setting("num_processes", config.num_processes, "JAX_NUM_PROCESSES")
+    process = _setting("process_id", config.process_id, "JAX_PROCESS_ID")
+    if count == 1 or jax.distributed.is_initialized():
+        return
+    # Gloo is the CPU's way to talk between processes; the setting does nothing elsewhere.
+    timeouts = dict(
+        initialization_timeout=config.timeout, heartbeat_timeout_seconds=config.heartbeat_timeout
+    )
+    if address is None and count is None and process is None:
+        if _cluster_detected():
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            jax.distributed.initialize(**timeouts)
+        return
+    if address is None or count is None or process is None:
+        got = f"coordinator_address={address}, num_processes={count}, process_id={process}"
+        raise InputError(f"distributed: got {got}; set all three or none")
+    if not 0 <= process < count:
+        raise InputError(
+            f"distributed.process_id: got {process}; must be from 0 to num_processes - 1 = {count - 1}"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"distributed.coordinator_address: got {address!r}; must be host:port")
+    # JAX aborts without saying who is missing, so the processes first meet here on the same port.
+    _roll_call(host.strip("[]"), int(port), count, process, config.timeout)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        address, count, process, cluster_detection_method="deactivate", **timeouts
+    )
+
+
+def make_mesh(
+    config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with axes `("data", "fsdp", "tensor")` over `devices` (default: all).
+
+    A mesh with stated sizes may use fewer devices than there are (the first ones) on a single process.
+
+    Raises:
+        InputError: the sizes do not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        known = -int(np.prod(sizes))
+        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+        if len(devices) % known:
+            raise InputError(
+                f"mesh: got {known} for the stated axes; must divide the {len(devices)} devices"
+            )
+    total = int(np.prod(sizes))
+    if total > len(devices):
+        raise InputError(f"mesh: got {_show(sizes)} = {total} devices; there are {len(devices)}")
+    if total < len(devices) and jax.process_count() > 1:
+        raise InputError(
+            f"mesh: got {_show(sizes)} = {total} devices; several processes must use all {len(devices)}"
+        )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * 3, devices=devices[:total])
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Logical axes of one array -> its partition over the mesh, by `RULES`; an axis that does not divide stays whole."""
+    entries = []
+    for axis, size in zip(axes, shape, strict=True):
+        rule = None if axis is None else RULES[axis]
+        names = (rule,) if isinstance(rule, str) else (rule or ())
+        parts = int(np.prod([mesh.shape[name] for name in names]))
+        entries.append(rule if parts > 1 and size % parts == 0 else None)
+    return PartitionSpec(*entries)
+
+
+def shardings(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:
+    """Tree of `NamedSharding` from a tree of logical axis tuples and a tree of arrays or `ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda x, axes: NamedSharding(mesh, spec(axes, x.shape, mesh)), shapes_tree, axes_tree
+    )
+
+
+def row_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Axis 0 over `BATCH_AXES`, all else whole."""
+    return NamedSharding(mesh, spec(("row",) + (None,) * (len(shape) - 1), shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+# ---- rows between hosts and devices ----------------------------------------------------------------------------------
+
+
+def is_main() -> bool:
+    """True on the one process that writes metrics and files."""
+    return jax.process_index() == 0
+
+
+def host_rows(count: int) -> slice:
+    """Which of `count` rows this host handles: contiguous blocks in process order, sizes differing by at most one."""
+    return _rows_of(jax.process_index(), count)
+
+
+def to_global(tree: Any, mesh: Mesh) -> Any:
+    """Global arrays whose rows (axis 0) are split over `BATCH_AXES`, from this host's own rows.
+
+    Args:
+        tree: NumPy arrays `[own rows, ...]`; every host must give the same number of rows, in the order of `host_rows`.
+        mesh: their mesh.
+
+    Returns:
+        The same tree of `jax.Array` with rows `[own rows * processes, ...]`. On one process, rows that do not divide
+        over the mesh stay whole on every device.
+
+    Raises:
+        InputError: with several processes, when the rows do not divide.
+    """
+
+    def place(local):
+        local = np.asarray(local)
+        shape = (local.shape[0] * jax.process_count(), *local.shape[1:])
+        sharding = row_sharding(shape, mesh)
+        if jax.process_count() == 1:
+            return jax.device_put(local, sharding)
+        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        if shape[0] % parts:
+            raise InputError(
+                f"rows: got {shape[0]} over all hosts; must divide by data x fsdp = {parts}"
+            )
+        if _aligned(sharding, shape):
+            return jax.make_array_from_process_local_data(sharding, local, shape)
+        # A tensor axis that spans hosts: a device holds rows of another host.
+        everything = np.asarray(multihost_utils.process_allgather(local, tiled=True))
+        return jax.make_array_from_callback(shape, sharding, lambda index: everything[index])
+
+    return jax.tree.map(place, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """This host's own rows (`host_rows`) of every global array, in order, as NumPy: the inverse of `to_global`."""
+
+    def collect(array):
+        rows = host_rows(array.shape[0])
+        if (
+            array.is_fully_addressable
+            or array.is_fully_replicated
+            or not _aligned(array.sharding, array.shape)
+        ):
+            return fetch(array)[rows]
+        local = np.empty((rows.stop - rows.start, *array.shape[1:]), array.dtype)
+        for shard in array.addressable_shards:
+            start, stop, _ = shard.index[0].indices(array.shape[0])
+            local[start - rows.start : stop - rows.start] = np.asarray(shard.data)
+        return local
+
+    return jax.tree.map(collect, tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Whole arrays as NumPy on every host; a collective when an array is spread over hosts."""
+
+    def whole(array):
+        if not isinstance(array, jax.Array) or array.is_fully_addressable:
+            return np.asarray(array)
+        if not array.is_fully_replicated:
+            array = _replicate(array.sharding.mesh)(array)
+        return np.asarray(array.addressable_data(0))
+
+    return jax.tree.map(whole, tree)
+
+
+def agree_max(values: Sequence[int]) -> list[int]:
+    """Element-wise largest over the hosts, so that all choose the same bucketed lengths."""
+    if jax.process_count() == 1:
+        return [int(value) for value in values]
+    return np.max(multihost_utils.process_allgather(np.asarray(values, np.int32)), axis=0).tolist()
+
+
+def barrier(name: str, timeout: float = 300.0) -> None:
+    """Wait until every process has reached the barrier `name` (use a name once).
+
+    Raises:
+        TimeoutError: after `timeout` seconds; the message names the processes that did not come.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax._src.distributed import (
+        global_state,
+    )  # the public barrier (sync_global_devices) has no time limit
+
+    client: Any = global_state.client
+    me, count = jax.process_index(), jax.process_count()
+    client.key_value_set(f"pgpo/{name}/{me}", "here", allow_overwrite=True)
+    try:
+        client.wait_at_barrier(f"pgpo/{name}", int(timeout * 1000))
+    except Exception as error:
+        here = {key.rsplit("/", 1)[-1] for key, _ in client.key_value_dir_get(f"pgpo/{name}/")}
+        missing = [str(i) for i in range(count) if str(i) not in here]
+        raise TimeoutError(
+            f"barrier {name!r}: process {', '.join(missing) or 'unknown'} of {count} did not come within {timeout:g} s"
+        ) from error
+
+
+# ---- private ---------------------------------------------------------------------------------------------------------
+
+
+def _show(sizes: Sequence[int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+
+
+def _setting(name: str, value: int | None, variable: str) -> int | None:
+    if value is not None or variable not in os.environ:
+        return value
+    try:
+        return int(os.environ[variable])
+    except ValueError:
+        got = os.environ[variable]
+        raise InputError(
+            f"distributed.{name}: got {variable}={got!r}; must be a whole number"
+        ) from None
+
+
+def _cluster_detected() -> bool:
+    """Whether JAX would find the other processes by itself (TPU pod, Slurm, MPI, an indexed Kubernetes job)."""
+    from jax._src.clusters import ClusterEnv
+
+    # JAX takes every Kubernetes pod for a cluster, also those that are not part of a job.
+    candidates = [env for env in ClusterEnv._cluster_types if not env.opt_in_only_method]
+    if "JOB_COMPLETION_INDEX" not in os.environ:
+        candidates = [env for env in candidates if env.__name__ != "K8sCluster"]
+    return any(env.is_env_present() for env in candidates)
+
+
+def _rows_of(process: int, count: int) -> slice:
+    processes = jax.process_count()
+    return slice(count * process // processes, count * (process + 1) // processes)
+
+
+def _aligned(sharding: jax.sharding.Sharding, shape: Sequence[int]) -> bool:
+    """Whether every device holds whole rows of its own host only; the same answer on every host."""
+    for device, index in sharding.devices_indices_map(tuple(shape)).items():
+        start, stop, _ = index[0].indices(shape[0])
+        rows = _rows_of(device.process_index, shape[0])
+        whole = all(
+            part.indices(size) == (0, size, 1)
+            for part, size in zip(index[1:], shape[1:], strict=True)
+        )
+        if not (whole and rows.start <= start and stop <= rows.stop):
+            return False
+    return True
+
+
+@functools.lru_cache
+def _replicate(mesh: Mesh):
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
+
+
+def _roll_call(host: str, port: int, count: int, process: int, timeout: float) -> None:
+    """All processes meet at process 0's port before JAX does, or all end with the names of the missing.
+
+    Process 0 listens; the others send their number and wait for one line: "go", or the numbers that never came.
+    """
+    end = time.monotonic() + timeout
+    missing = f"of {count} did not come within {timeout:g} s (coordinator {host}:{port}); start it or raise distributed.timeout"
+    if process > 0:
+        answer = _report(host, port, process, end)
+        if answer is None:
+            raise TimeoutError(f"distributed: process 0 {missing}")
+        if answer != "go":
+            raise TimeoutError(f"distributed: process {answer} {missing}")
+        return
+    callers: dict[int, socket.socket] = {}
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.create_server(
+        ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6
+    ) as server:
+        while len(callers) < count - 1 and time.monotonic() < end:
+            server.settimeout(max(end - time.monotonic(), 0.01))
+            try:
+                connection, _ = server.accept()
+                connection.settimeout(5)
+                callers[int(connection.recv(16))] = connection
+            except (OSError, ValueError):  # nobody came, or a stranger knocked
+                continue
+        absent = ", ".join(str(i) for i in range(1, count) if i not in callers)
+        for connection in callers.values():
+            with connection:
+                connection.sendall((absent or "go").encode())
+    if absent:
+        raise TimeoutError(f"distributed: process {absent} {missing}")
+
+
+def _report(host: str, port: int, process: int, end: float) -> str | None:
+    """Tell process 0 that we are here; its answer, or None if it never came."""
+    while (
+        left := end + 5 - time.monotonic()
+    ) > 0:  # process 0 may have started a moment later and owes us an answer
+        try:
+            with socket.create_connection((host, port), timeout=left) as connection:
+                connection.settimeout(left)
+                connection.sendall(str(process).encode())
+                if answer := connection.recv(4096).decode():
+                    return answer
+        except OSError:
+            pass
+        time.sleep(0.1)
+    return None
