@@ -1,9 +1,10 @@
-"""Where arrays live: the mesh, the rules that map named axes onto it, and the few helpers that several hosts need.
+"""Where arrays live: the mesh, the rules that map named axes onto it, what several hosts need.
 
-Everything is written for one process with many devices first; with several processes the same calls hold, every host
-handles the rows `host_rows` gives it and passes only those to `to_global`.
+The same calls serve one process with many devices and several processes: every host handles the
+rows `host_rows` gives it, passes only those to `to_global` and gets only those from `to_host`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -51,7 +52,7 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise InputError(
-                f"mesh: got {_show(sizes)}; axes are positive, at most one is -1 (all remaining devices)"
+                f"mesh: got {_show(sizes)}; sizes are positive, one may be -1 (the rest)"
             )
 
 
@@ -66,7 +67,7 @@ class DistributedConfig:
     process_id: int | None = None
     """This process, from 0 (or JAX_PROCESS_ID)."""
     timeout: int = 300
-    """Seconds to wait for all processes at the start; then the run ends and names those that are missing."""
+    """Seconds to wait for all processes at the start; then the run ends, naming the missing."""
     heartbeat_timeout: int = 100
     """Seconds after which a silent process counts as dead and the others end."""
 
@@ -74,15 +75,15 @@ class DistributedConfig:
         for name in ("timeout", "heartbeat_timeout"):
             if getattr(self, name) <= 0:
                 raise InputError(
-                    f"distributed.{name}: got {getattr(self, name)}; must be a positive number of seconds"
+                    f"distributed.{name}: got {getattr(self, name)}; must be positive (seconds)"
                 )
 
 
 def initialize(config: DistributedConfig = DistributedConfig()) -> None:
     """Join the other processes; does nothing for a single process.
 
-    Must run before anything else touches JAX devices. Explicit settings win over the environment variables. With neither,
-    JAX joins by itself where a cluster is detected (TPU pods, Slurm, MPI, Kubernetes).
+    Must run before anything else touches JAX devices. Settings win over the environment variables.
+    With neither, JAX joins by itself where it finds a cluster (TPU pods, Slurm, MPI, Kubernetes).
 
     Raises:
         InputError: the settings are incomplete or contradict each other.
@@ -93,10 +94,11 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
     process = _setting("process_id", config.process_id, "JAX_PROCESS_ID")
     if count == 1 or jax.distributed.is_initialized():
         return
-    # Gloo is the CPU's way to talk between processes; the setting does nothing elsewhere.
-    timeouts = dict(
-        initialization_timeout=config.timeout, heartbeat_timeout_seconds=config.heartbeat_timeout
-    )
+    # Gloo lets CPU devices of several processes talk; the setting does nothing elsewhere.
+    timeouts = {
+        "initialization_timeout": config.timeout,
+        "heartbeat_timeout_seconds": config.heartbeat_timeout,
+    }
     if address is None and count is None and process is None:
         if _cluster_detected():
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -106,9 +108,7 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
         got = f"coordinator_address={address}, num_processes={count}, process_id={process}"
         raise InputError(f"distributed: got {got}; set all three or none")
     if not 0 <= process < count:
-        raise InputError(
-            f"distributed.process_id: got {process}; must be from 0 to num_processes - 1 = {count - 1}"
-        )
+        raise InputError(f"distributed.process_id: got {process}; must be from 0 to {count - 1}")
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise InputError(f"distributed.coordinator_address: got {address!r}; must be host:port")
@@ -125,7 +125,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes `("data", "fsdp", "tensor")` over `devices` (default: all).
 
-    A mesh with stated sizes may use fewer devices than there are (the first ones) on a single process.
+    On a single process a mesh with stated sizes may use fewer devices than there are (the first).
 
     Raises:
         InputError: the sizes do not fit the devices.
@@ -144,13 +144,13 @@ def make_mesh(
         raise InputError(f"mesh: got {_show(sizes)} = {total} devices; there are {len(devices)}")
     if total < len(devices) and jax.process_count() > 1:
         raise InputError(
-            f"mesh: got {_show(sizes)} = {total} devices; several processes must use all {len(devices)}"
+            f"mesh: got {_show(sizes)} = {total} devices; processes share all {len(devices)}"
         )
     return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * 3, devices=devices[:total])
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Logical axes of one array -> its partition over the mesh, by `RULES`; an axis that does not divide stays whole."""
+    """Logical axes of one array -> its partition, by `RULES`; what does not divide stays whole."""
     entries = []
     for axis, size in zip(axes, shape, strict=True):
         rule = None if axis is None else RULES[axis]
@@ -161,7 +161,7 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Partit
 
 
 def shardings(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:
-    """Tree of `NamedSharding` from a tree of logical axis tuples and a tree of arrays or `ShapeDtypeStruct`."""
+    """Tree of `NamedSharding` from trees of logical axis tuples and of arrays (or their shapes)."""
     return jax.tree.map(
         lambda x, axes: NamedSharding(mesh, spec(axes, x.shape, mesh)), shapes_tree, axes_tree
     )
@@ -177,16 +177,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-# ---- rows between hosts and devices ----------------------------------------------------------------------------------
-
-
 def is_main() -> bool:
     """True on the one process that writes metrics and files."""
     return jax.process_index() == 0
 
 
 def host_rows(count: int) -> slice:
-    """Which of `count` rows this host handles: contiguous blocks in process order, sizes differing by at most one."""
+    """Which of `count` rows this host handles: blocks in process order, as even as can be."""
     return _rows_of(jax.process_index(), count)
 
 
@@ -194,12 +191,12 @@ def to_global(tree: Any, mesh: Mesh) -> Any:
     """Global arrays whose rows (axis 0) are split over `BATCH_AXES`, from this host's own rows.
 
     Args:
-        tree: NumPy arrays `[own rows, ...]`; every host must give the same number of rows, in the order of `host_rows`.
+        tree: NumPy arrays `[own rows, ...]`, the same number of rows on every host.
         mesh: their mesh.
 
     Returns:
-        The same tree of `jax.Array` with rows `[own rows * processes, ...]`. On one process, rows that do not divide
-        over the mesh stay whole on every device.
+        The same tree of `jax.Array`, `[own rows * processes, ...]` in process order. On one
+        process, rows that do not divide over the mesh stay whole on every device.
 
     Raises:
         InputError: with several processes, when the rows do not divide.
@@ -226,15 +223,12 @@ def to_global(tree: Any, mesh: Mesh) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """This host's own rows (`host_rows`) of every global array, in order, as NumPy: the inverse of `to_global`."""
+    """This host's own rows of every global array, in order, as NumPy; undoes `to_global`."""
 
     def collect(array):
         rows = host_rows(array.shape[0])
-        if (
-            array.is_fully_addressable
-            or array.is_fully_replicated
-            or not _aligned(array.sharding, array.shape)
-        ):
+        here = array.is_fully_addressable or array.is_fully_replicated
+        if here or not _aligned(array.sharding, array.shape):
             return fetch(array)[rows]
         local = np.empty((rows.stop - rows.start, *array.shape[1:]), array.dtype)
         for shard in array.addressable_shards:
@@ -273,9 +267,8 @@ def barrier(name: str, timeout: float = 300.0) -> None:
     """
     if jax.process_count() == 1:
         return
-    from jax._src.distributed import (
-        global_state,
-    )  # the public barrier (sync_global_devices) has no time limit
+    # The public barrier, sync_global_devices, has no time limit.
+    from jax._src.distributed import global_state
 
     client: Any = global_state.client
     me, count = jax.process_index(), jax.process_count()
@@ -286,11 +279,9 @@ def barrier(name: str, timeout: float = 300.0) -> None:
         here = {key.rsplit("/", 1)[-1] for key, _ in client.key_value_dir_get(f"pgpo/{name}/")}
         missing = [str(i) for i in range(count) if str(i) not in here]
         raise TimeoutError(
-            f"barrier {name!r}: process {', '.join(missing) or 'unknown'} of {count} did not come within {timeout:g} s"
+            f"barrier {name!r}: process {', '.join(missing) or 'unknown'} of {count} "
+            f"did not come within {timeout:g} s"
         ) from error
-
-
-# ---- private ---------------------------------------------------------------------------------------------------------
 
 
 def _show(sizes: Sequence[int]) -> str:
@@ -310,7 +301,7 @@ def _setting(name: str, value: int | None, variable: str) -> int | None:
 
 
 def _cluster_detected() -> bool:
-    """Whether JAX would find the other processes by itself (TPU pod, Slurm, MPI, an indexed Kubernetes job)."""
+    """Whether JAX would find the other processes by itself (TPU pod, Slurm, MPI, Kubernetes)."""
     from jax._src.clusters import ClusterEnv
 
     # JAX takes every Kubernetes pod for a cluster, also those that are not part of a job.
@@ -345,52 +336,48 @@ def _replicate(mesh: Mesh):
 
 
 def _roll_call(host: str, port: int, count: int, process: int, timeout: float) -> None:
-    """All processes meet at process 0's port before JAX does, or all end with the names of the missing.
+    """All meet at process 0's port before JAX does, or all end with the numbers of the missing.
 
-    Process 0 listens; the others send their number and wait for one line: "go", or the numbers that never came.
+    Process 0 listens; the others send their number and wait for an answer: "go", or the missing.
     """
+    answer = _report(host, port, process, timeout) if process else _gather(port, count, timeout)
+    if answer != "go":
+        raise TimeoutError(
+            f"distributed: process {answer} of {count} did not come within {timeout:g} s "
+            f"(coordinator {host}:{port})"
+        )
+
+
+def _gather(port: int, count: int, timeout: float) -> str:
+    """Process 0's side of the roll call."""
     end = time.monotonic() + timeout
-    missing = f"of {count} did not come within {timeout:g} s (coordinator {host}:{port}); start it or raise distributed.timeout"
-    if process > 0:
-        answer = _report(host, port, process, end)
-        if answer is None:
-            raise TimeoutError(f"distributed: process 0 {missing}")
-        if answer != "go":
-            raise TimeoutError(f"distributed: process {answer} {missing}")
-        return
     callers: dict[int, socket.socket] = {}
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    with socket.create_server(
-        ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6
-    ) as server:
-        while len(callers) < count - 1 and time.monotonic() < end:
-            server.settimeout(max(end - time.monotonic(), 0.01))
-            try:
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    with socket.create_server(("", port), family=family, dualstack_ipv6=dual) as server:
+        while len(callers) < count - 1 and (left := end - time.monotonic()) > 0:
+            server.settimeout(left)
+            with contextlib.suppress(OSError, ValueError):  # nobody came, or a stranger knocked
                 connection, _ = server.accept()
                 connection.settimeout(5)
                 callers[int(connection.recv(16))] = connection
-            except (OSError, ValueError):  # nobody came, or a stranger knocked
-                continue
-        absent = ", ".join(str(i) for i in range(1, count) if i not in callers)
+        answer = ", ".join(str(i) for i in range(1, count) if i not in callers) or "go"
         for connection in callers.values():
-            with connection:
-                connection.sendall((absent or "go").encode())
-    if absent:
-        raise TimeoutError(f"distributed: process {absent} {missing}")
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(answer.encode())
+    return answer
 
 
-def _report(host: str, port: int, process: int, end: float) -> str | None:
-    """Tell process 0 that we are here; its answer, or None if it never came."""
-    while (
-        left := end + 5 - time.monotonic()
-    ) > 0:  # process 0 may have started a moment later and owes us an answer
-        try:
+def _report(host: str, port: int, process: int, timeout: float) -> str:
+    """The other processes' side: process 0's answer, or "0" if it never came."""
+    end = time.monotonic() + timeout
+    while (left := end - time.monotonic()) > 0:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
             with socket.create_connection((host, port), timeout=left) as connection:
-                connection.settimeout(left)
+                connection.settimeout(timeout + 5)  # process 0 may have started only now
                 connection.sendall(str(process).encode())
-                if answer := connection.recv(4096).decode():
+                answer = connection.recv(4096).decode("ascii")
+                if answer[:1].isdigit() or answer == "go":  # else not a roll call: keep trying
                     return answer
-        except OSError:
-            pass
         time.sleep(0.1)
-    return None
+    return "0"
