@@ -29,3 +29,16 @@ def command(
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         code = 2
     raise SystemExit(code or 0)
+
+
+def require(section: str, config: object, **rules: tuple[bool, str]) -> None:
+    """Raises `InputError` for the first field of a config section whose rule does not hold.
+
+    Args:
+      section: Name of the section, as in the configuration file.
+      config: The section's dataclass.
+      **rules: Field name -> (whether the rule holds, the rule in words after "must be").
+    """
+    for field, (holds, rule) in rules.items():
+        if not holds:
+            raise InputError(f"{section}.{field}: got {getattr(config, field)!r}; must be {rule}")

@@ -1,0 +1,31 @@
+"""Physics-Guided Policy Optimization (PGPO) with self-distillation in JAX.
+
+A language model answers questions; a teacher (an average of the model's past that is shown a successful sibling answer)
+scores the same answers token by token; the student is pulled towards that teacher, and every optimizer step is scaled by
+
+    rho = clip(exp(alpha * I), rho_min, rho_max),
+
+where I estimates the information that the teacher's context carries (arXiv 2606.03620).
+"""
+
+from pgpo_jax import information, losses
+from pgpo_jax.losses import aggregate, divergence
+from pgpo_jax.optimizer import (
+    OptimizerConfig,
+    ScaleByInformationState,
+    make_optimizer,
+    scale_by_information,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OptimizerConfig",
+    "ScaleByInformationState",
+    "aggregate",
+    "divergence",
+    "information",
+    "losses",
+    "make_optimizer",
+    "scale_by_information",
+]

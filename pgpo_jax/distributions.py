@@ -1,0 +1,45 @@
+"""Distributions over a vocabulary: log-probabilities, entropy and the divergences between two of them.
+
+Everything is in float32 and in nats. A row that must not count (padding of the vocabulary) has a logit of `NEVER`
+or of minus infinity on both sides; it then has probability zero and contributes exactly nothing, in value and gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+NEVER = -1e30
+"""A finite stand-in for log 0: `0 * NEVER` and `NEVER - NEVER` are 0, where minus infinity would give NaN."""
+
+
+def mask_padding(logits: Float[Array, "*batch vocab"], vocab_size: int | None) -> Array:
+    """Sets the logits of padded vocabulary rows (index `vocab_size` and above) to `NEVER`."""
+    if vocab_size is None or vocab_size >= logits.shape[-1]:
+        return logits
+    padded = jnp.arange(logits.shape[-1]) >= vocab_size
+    return jnp.where(padded, jnp.asarray(NEVER, logits.dtype), logits)
+
+
+def log_probs(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
+    """Log-softmax in float32 (bfloat16 logits are spaced 0.125 apart at 16 to 32), never below `NEVER`."""
+    return jnp.maximum(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), NEVER)
+
+
+def entropy(log_p: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"]:
+    """H(P) in nats."""
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+def kl(
+    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"]
+) -> Float[Array, "*batch"]:
+    """KL(P || Q) in nats."""
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def jensen_shannon(
+    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"], weight: float = 0.5
+) -> Float[Array, "*batch"]:
+    """(1 - w) KL(P || M) + w KL(Q || M) with M = (1 - w) P + w Q, in nats; symmetric and at most ln 2 at w = 1/2."""
+    log_m = jnp.logaddexp(log_p + jnp.log1p(-weight), log_q + jnp.log(weight))
+    return (1 - weight) * kl(log_p, log_m) + weight * kl(log_q, log_m)
