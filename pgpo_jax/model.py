@@ -1,0 +1,630 @@
+"""One decoder for Qwen3, Qwen2, Llama 3 / SmolLM2 and OLMo 2 / 3, told apart by their `config.json`.
+
+Layers are stacked `[layer, ...]` and scanned, so that compile time does not grow with depth. Parameters are float32, the
+computation runs in `Options.dtype`; norms, rotations, softmax and logits are float32.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int
+
+from pgpo_jax import rope, sharding
+from pgpo_jax.errors import InputError
+
+
+class Architecture(NamedTuple):
+    """What a `model_type` means beyond the numbers in its configuration."""
+
+    post_norm: bool = False  # norms after attention and feed-forward, none before
+    qk_norm: Literal["none", "head", "full"] = "none"  # over one head, or over all heads together
+    qkv_bias: bool = False
+    scale_sliding: bool = True  # RoPE scaling that is not nested also holds for sliding layers
+    rms_norm_eps: float = 1e-6  # the defaults of transformers, where config.json leaves them out
+    rope_theta: float = 10_000.0
+    head_dim: int | None = None
+
+
+ARCHITECTURES = {
+    "qwen3": Architecture(qk_norm="head", head_dim=128),
+    "qwen2": Architecture(qkv_bias=True),
+    "llama": Architecture(),
+    "olmo2": Architecture(post_norm=True, qk_norm="full", rms_norm_eps=1e-5),
+    "olmo3": Architecture(
+        post_norm=True, qk_norm="full", scale_sliding=False, rms_norm_eps=1e-5, rope_theta=500_000.0
+    ),
+}
+# Settings of other members of these families that this decoder does not compute, with the values it does.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "partial_rotary_factor": (1, None),
+    "pretraining_tp": (1, None),
+    "clip_qkv": (None,),
+    "quantization_config": (None,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture, under the names of Hugging Face's `config.json`."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    layer_types: tuple[str, ...]
+    sliding_window: int | None
+    rope: rope.Rope
+    """Of full attention layers."""
+    sliding_rope: rope.Rope
+    """Of sliding layers."""
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.model_type]
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """Reads a parsed `config.json`.
+
+        Raises:
+          InputError: An unknown architecture, a missing size, or a setting that this decoder does not compute.
+        """
+        model_type = config.get("model_type")
+        if model_type not in ARCHITECTURES:
+            raise InputError(
+                f"model_type: got {model_type!r}; must be one of {', '.join(ARCHITECTURES)}"
+            )
+        defaults = ARCHITECTURES[model_type]
+        for name, allowed in FIXED.items():
+            if config.get(name) not in allowed and not (
+                name == "attention_bias" and defaults.qkv_bias
+            ):
+                raise InputError(
+                    f"{name}: got {config[name]!r}; {model_type} is supported with {allowed[0]!r} only"
+                )
+
+        def size(name: str, default: int | None = None) -> int:
+            value = config.get(name)
+            value = default if value is None else value
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}: got {value!r}; must be a positive whole number")
+            return value
+
+        layers, heads, hidden = (
+            size("num_hidden_layers"),
+            size("num_attention_heads"),
+            size("hidden_size"),
+        )
+        kv_heads = size("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise InputError(
+                f"num_key_value_heads: got {kv_heads}; must divide num_attention_heads = {heads}"
+            )
+        absent = None if "head_dim" in config else defaults.head_dim
+        head_dim = size("head_dim", absent or hidden // heads)
+        if head_dim % 2:
+            raise InputError(f"head_dim: got {head_dim}; must be even to be rotated in pairs")
+        window = _sliding_window(config)
+        types = _layer_types(config, layers, window)
+        ropes = rope.read(config, defaults.rope_theta, defaults.scale_sliding)
+        ends = config.get("eos_token_id")
+        return cls(
+            model_type=model_type,
+            vocab_size=size("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=size("intermediate_size"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=config.get("rms_norm_eps", defaults.rms_norm_eps),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_position_embeddings=size("max_position_embeddings", 32_768),
+            layer_types=types,
+            sliding_window=window if "sliding_attention" in types else None,
+            rope=ropes["full_attention"],
+            sliding_rope=ropes["sliding_attention"]
+            if "sliding_attention" in types
+            else ropes["full_attention"],
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_id=tuple(ends) if isinstance(ends, list | tuple) else ends,
+            pad_token_id=config.get("pad_token_id"),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """A `config.json` that `transformers` and `from_hf` read."""
+        config = dataclasses.asdict(self)
+        del config["rope"], config["sliding_rope"]
+        names = {
+            "qwen3": "Qwen3",
+            "qwen2": "Qwen2",
+            "llama": "Llama",
+            "olmo2": "Olmo2",
+            "olmo3": "Olmo3",
+        }
+        config["architectures"] = [f"{names[self.model_type]}ForCausalLM"]
+        config["hidden_act"] = "silu"
+        config["layer_types"] = list(self.layer_types)
+        if isinstance(self.eos_token_id, tuple):
+            config["eos_token_id"] = list(self.eos_token_id)
+        if self.model_type in ("qwen2", "qwen3"):
+            config["use_sliding_window"] = self.sliding_window is not None
+        if self.model_type == "olmo3":
+            config["rope_parameters"] = {
+                "full_attention": self.rope.to_hf(),
+                "sliding_attention": self.sliding_rope.to_hf(),
+            }
+        else:
+            config["rope_parameters"] = self.rope.to_hf()
+            config["rope_theta"] = self.rope.rope_theta  # where transformers 4 looks
+            if self.model_type in ("llama", "olmo2"):
+                del config["layer_types"], config["sliding_window"]
+        return config
+
+
+def _sliding_window(config: Mapping[str, Any]) -> int | None:
+    if config["model_type"] == "olmo3":
+        return config.get("sliding_window", 4096)
+    if config["model_type"] in ("qwen2", "qwen3") and config.get("use_sliding_window"):
+        return config.get("sliding_window", 4096)
+    return None
+
+
+def _layer_types(config: Mapping[str, Any], layers: int, window: int | None) -> tuple[str, ...]:
+    model_type, types = config["model_type"], config.get("layer_types")
+    if model_type in ("llama", "olmo2"):
+        sliding = [False] * layers
+    elif model_type == "olmo3":
+        sliding = [(i + 1) % 4 != 0 for i in range(layers)]
+    else:
+        sliding = [
+            window is not None and i >= config.get("max_window_layers", 28) for i in range(layers)
+        ]
+    if types is None:
+        types = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    if len(types) != layers or set(types) - set(rope.LAYER_TYPES):
+        raise InputError(
+            f"layer_types: got {types}; must name one of {rope.LAYER_TYPES} for each of {layers} layers"
+        )
+    if "sliding_attention" in types and (not isinstance(window, int) or window < 1):
+        raise InputError(
+            f"sliding_window: got {window!r} in use; sliding_attention layers need a positive width"
+        )
+    return tuple(types)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to compute, which does not change what is computed."""
+
+    dtype: Any = jnp.bfloat16
+    """Type of the computation; parameters keep theirs."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What is computed again in the backward pass: nothing, everything, or all but matrix products."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention kernel of the uncached forward."""
+    unroll: bool = False
+    """Write the layers out instead of scanning: faster decoding, slower compilation."""
+    mesh: Mesh | None = None
+    """Where rows and heads are split; set by `init` and `hf.load`."""
+
+    def __post_init__(self):
+        object.__setattr__(
+            self, "dtype", jnp.dtype(self.dtype)
+        )  # one spelling, so that equal options compare equal
+        for name, literal in (
+            ("remat", ("none", "full", "dots")),
+            ("attention", ("auto", "xla", "cudnn", "splash")),
+        ):
+            if getattr(self, name) not in literal:
+                raise InputError(
+                    f"{name}: got {getattr(self, name)!r}; must be one of {', '.join(literal)}"
+                )
+
+
+class Cache(NamedTuple):
+    """Keys and values of earlier tokens. The order of columns does not matter: `positions` says who is where."""
+
+    keys: Float[Array, "layer row column kv_head head_dim"]
+    values: Float[Array, "layer row column kv_head head_dim"]
+    positions: Int[Array, "row column"]  # -1 = empty
+
+
+class Leaf(NamedTuple):
+    """One parameter: its shape and the logical names of its axes (`sharding.RULES`)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+def leaves(config: ModelConfig) -> dict[str, Any]:
+    """The parameters: the one table from which shapes, axes, initial values and checkpoint names derive."""
+    c, arch = config, config.architecture
+    depth, hidden, inner = c.num_hidden_layers, c.hidden_size, c.intermediate_size
+    heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    layer: dict[str, Leaf] = {
+        "q_proj": Leaf((hidden, heads, width), ("embed", "heads", None)),
+        "k_proj": Leaf((hidden, kv_heads, width), ("embed", "kv_heads", None)),
+        "v_proj": Leaf((hidden, kv_heads, width), ("embed", "kv_heads", None)),
+        "o_proj": Leaf((heads, width, hidden), ("heads", None, "embed")),
+        "gate_proj": Leaf((hidden, inner), ("embed", "mlp")),
+        "up_proj": Leaf((hidden, inner), ("embed", "mlp")),
+        "down_proj": Leaf((inner, hidden), ("mlp", "embed")),
+        "post_attention_layernorm": Leaf((hidden,), (None,)),
+    }
+    layer["post_feedforward_layernorm" if arch.post_norm else "input_layernorm"] = Leaf(
+        (hidden,), (None,)
+    )
+    if arch.qkv_bias:
+        layer["q_bias"] = Leaf((heads, width), ("heads", None))
+        layer["k_bias"] = layer["v_bias"] = Leaf((kv_heads, width), ("kv_heads", None))
+    if arch.qk_norm == "head":
+        layer["q_norm"] = layer["k_norm"] = Leaf((width,), (None,))
+    elif arch.qk_norm == "full":
+        layer["q_norm"] = Leaf((heads, width), ("heads", None))
+        layer["k_norm"] = Leaf((kv_heads, width), ("kv_heads", None))
+    tree: dict[str, Any] = {
+        "embed_tokens": Leaf((c.vocab_size, hidden), ("vocab", "embed")),
+        "layers": {
+            name: Leaf((depth, *leaf.shape), ("layer", *leaf.axes)) for name, leaf in layer.items()
+        },
+        "norm": Leaf((hidden,), (None,)),
+    }
+    if not c.tie_word_embeddings:
+        tree["lm_head"] = Leaf((c.vocab_size, hidden), ("vocab", "embed"))
+    return tree
+
+
+def _map_leaves(function: Callable[[str, Leaf], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: function(name, item) if isinstance(item, Leaf) else _map_leaves(function, item)
+        for name, item in tree.items()
+    }
+
+
+def param_axes(config: ModelConfig) -> dict[str, Any]:
+    """Logical axis names of every parameter, in the structure of the parameters."""
+    return _map_leaves(lambda _, leaf: leaf.axes, leaves(config))
+
+
+def param_shapes(config: ModelConfig) -> dict[str, Any]:
+    """`jax.ShapeDtypeStruct` (float32) of every parameter, in the structure of the parameters."""
+    return _map_leaves(
+        lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), leaves(config)
+    )
+
+
+def _initial(name: str, leaf: Leaf, key: Array) -> Array:
+    """Norms one, biases zero, matrices normal with deviation 0.02 (transformers' `initializer_range`)."""
+    if name.endswith("norm"):
+        return jnp.ones(leaf.shape, jnp.float32)
+    if name.endswith("bias"):
+        return jnp.zeros(leaf.shape, jnp.float32)
+    return 0.02 * jax.random.normal(key, leaf.shape, jnp.float32)
+
+
+class Decoder(nnx.Module):
+    """The language model; see `make_graphdef` and `init` for how it becomes a plain tree of arrays."""
+
+    def __init__(self, config: ModelConfig, options: Options = Options(), *, rngs: nnx.Rngs):
+        self.config = config
+        self.options = options
+        values = _map_leaves(
+            lambda name, leaf: nnx.Param(_initial(name, leaf, rngs.params())), leaves(config)
+        )
+        self.embed_tokens = values["embed_tokens"]
+        self.layers = nnx.data(values["layers"])
+        self.norm = values["norm"]
+        if not config.tie_word_embeddings:
+            self.lm_head = values["lm_head"]
+
+    def __call__(
+        self, tokens: Int[Array, "row time"], mask: Bool[Array, "row time"] | None = None
+    ) -> Float[Array, "row time vocab"]:
+        """Float32 logits of the next token. `mask` is True at tokens; padding may stand anywhere."""
+        return self.logits(self.hidden(tokens, mask))
+
+    def head(self) -> Float[Array, "vocab hidden"]:
+        """The output matrix, of the parameters' type; the embedding where the two are tied."""
+        return self.embed_tokens[...] if self.config.tie_word_embeddings else self.lm_head[...]
+
+    def logits(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... vocab"]:
+        """Float32 logits of final hidden states; the product accumulates in float32."""
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            self.head().astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def hidden(
+        self, tokens: Int[Array, "row time"], mask: Bool[Array, "row time"] | None = None
+    ) -> Float[Array, "row time hidden"]:
+        """Hidden states after the final norm, in the compute type; finite but meaningless at padding.
+
+        Args:
+          tokens: `[row, time]`.
+          mask: True at tokens, False at padding, which may stand anywhere; None = no padding. Positions count tokens only.
+        """
+        order = None
+        if mask is not None:
+            # With its tokens moved to the front, a row needs no mask but the causal one: no query is without keys, and
+            # every kernel can be used.
+            order = jnp.argsort(~mask, axis=1, stable=True)
+            tokens = jnp.take_along_axis(tokens, order, axis=1)
+        ropes = self._ropes(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :])
+
+        def layer(kind: str, weights: dict[str, Array], x: Array) -> Array:
+            query, key, value = self._project(weights, x, ropes[kind])
+            window = self.config.sliding_window if kind == "sliding_attention" else None
+            return self._finish(weights, x, attend(query, key, value, window, self.options))
+
+        def step(kind: str, index: Any, weights: dict[str, Array], x: Array) -> Array:
+            return self._remat(functools.partial(layer, kind))(weights, x)
+
+        x = self._final(self._through_layers(step, self._embed(tokens)))
+        if order is not None:
+            x = jnp.take_along_axis(x, jnp.argsort(order, axis=1)[:, :, None], axis=1)
+        return x
+
+    def init_cache(self, rows: int, columns: int, dtype: Any = None) -> Cache:
+        """An empty cache; `dtype` is that of keys and values (None: the compute type)."""
+        c = self.config
+        shape = (c.num_hidden_layers, rows, columns, c.num_key_value_heads, c.head_dim)
+        dtype = self.options.dtype if dtype is None else dtype
+        return Cache(
+            _constrain(
+                jnp.zeros(shape, dtype), ("layer", "row", None, "kv_heads", None), self.options.mesh
+            ),
+            _constrain(
+                jnp.zeros(shape, dtype), ("layer", "row", None, "kv_heads", None), self.options.mesh
+            ),
+            _constrain(jnp.full((rows, columns), -1, jnp.int32), ("row", None), self.options.mesh),
+        )
+
+    def extend(
+        self,
+        tokens: Int[Array, "row time"],
+        positions: Int[Array, "row time"],
+        cache: Cache,
+        column: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "row time hidden"], Cache]:
+        """Writes tokens into the cache and returns their hidden states: prefill, or one step of decoding.
+
+        Args:
+          tokens: `[row, time]`, the new tokens.
+          positions: `[row, time]`, their positions, -1 at padding. A token sees the keys of the cache (and of the other new
+            tokens) at positions from 0 to its own, wherever they are stored.
+          cache: Keys and values so far.
+          column: Where the new keys are written: `[column, column + time)`, the same for every row.
+
+        Returns:
+          Hidden states after the final norm `[row, time, hidden]` (finite but meaningless at padding), and the cache.
+        """
+        seen = lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (0, column))
+        ropes = self._ropes(jnp.maximum(positions, 0))
+        visible = (seen >= 0)[:, None, :] & (seen[:, None, :] <= positions[:, :, None])
+        masks = {"full_attention": visible}
+        if self.config.sliding_window is not None:
+            near = positions[:, :, None] - seen[:, None, :] < self.config.sliding_window
+            masks["sliding_attention"] = visible & near
+
+        def step(
+            kind: str, index: Any, weights: dict[str, Array], carry: tuple[Array, Array, Array]
+        ):
+            x, keys, values = carry
+            query, key, value = self._project(weights, x, ropes[kind])
+            start = (index, 0, column, 0, 0)
+            keys = lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), start)
+            values = lax.dynamic_update_slice(values, value[None].astype(values.dtype), start)
+            key, value = (
+                lax.dynamic_index_in_dim(stored, index, keepdims=False).astype(query.dtype)
+                for stored in (keys, values)
+            )
+            x = self._finish(
+                weights,
+                x,
+                jax.nn.dot_product_attention(query, key, value, mask=masks[kind][:, None]),
+            )
+            return x, keys, values
+
+        x, keys, values = self._through_layers(
+            step, (self._embed(tokens), cache.keys, cache.values)
+        )
+        return self._final(x), Cache(keys, values, seen)
+
+    # ---- parts ----
+
+    def _embed(self, tokens: Array) -> Array:
+        # Whole rows of the table: a gather split along its rows' width would first be replicated.
+        table = _constrain(self.embed_tokens[...], ("vocab", None), self.options.mesh)
+        x = table[tokens].astype(self.options.dtype)
+        return _constrain(x, ("row", None, None), self.options.mesh)
+
+    def _ropes(self, positions: Array) -> dict[str, tuple[Array, Array]]:
+        """Cosine and sine for the kinds of layers that this model has."""
+        by_kind = {
+            "full_attention": self.config.rope,
+            "sliding_attention": self.config.sliding_rope,
+        }
+        tables = {
+            kind: rope.table(by_kind[kind], self.config.head_dim, positions)
+            for kind in set(self.config.layer_types)
+        }
+        return tables
+
+    def _project(
+        self, weights: Mapping[str, Array], x: Array, rotation: tuple[Array, Array]
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values `[row, time, head, head_dim]`, rotated."""
+        arch, eps, dtype = self.config.architecture, self.config.rms_norm_eps, self.options.dtype
+        if not arch.post_norm:
+            x = _norm(x, weights["input_layernorm"], eps)
+        out = []
+        for name in "qkv":
+            y = jnp.einsum("btd,dnh->btnh", x, weights[f"{name}_proj"].astype(dtype))
+            if arch.qkv_bias:
+                y = y + weights[f"{name}_bias"].astype(dtype)[None, None]
+            if arch.qk_norm != "none" and name != "v":
+                y = _norm(y, weights[f"{name}_norm"], eps)
+            out.append(y)
+        query, key, value = out
+        return rope.rotate(query, *rotation), rope.rotate(key, *rotation), value
+
+    def _finish(self, weights: Mapping[str, Array], x: Array, attended: Array) -> Array:
+        """The rest of a layer: output projection, residuals, feed-forward."""
+        arch, eps, dtype = self.config.architecture, self.config.rms_norm_eps, self.options.dtype
+        y = jnp.einsum("btnh,nhd->btd", attended, weights["o_proj"].astype(dtype))
+        if arch.post_norm:
+            y = _norm(y, weights["post_attention_layernorm"], eps)
+        x = x + y
+        y = x if arch.post_norm else _norm(x, weights["post_attention_layernorm"], eps)
+        y = jax.nn.silu(y @ weights["gate_proj"].astype(dtype)) * (
+            y @ weights["up_proj"].astype(dtype)
+        )
+        y = y @ weights["down_proj"].astype(dtype)
+        if arch.post_norm:
+            y = _norm(y, weights["post_feedforward_layernorm"], eps)
+        return _constrain(x + y, ("row", None, None), self.options.mesh)
+
+    def _final(self, x: Array) -> Array:
+        return _norm(x, self.norm[...], self.config.rms_norm_eps)
+
+    def _period(self) -> int:
+        """Layers written out in one step of the scan: the period of the kinds of layers, or all of them."""
+        kinds = self.config.layer_types
+        if self.options.unroll:
+            return len(kinds)
+        return next(
+            p
+            for p in range(1, len(kinds) + 1)
+            if len(kinds) % p == 0 and kinds[:p] * (len(kinds) // p) == kinds
+        )
+
+    def _through_layers(
+        self, step: Callable[[str, Any, dict[str, Array], Any], Any], carry: Any
+    ) -> Any:
+        """Applies `step(kind, index, weights, carry) -> carry` layer by layer."""
+        kinds, period = self.config.layer_types, self._period()
+        weights = {name: param[...] for name, param in self.layers.items()}
+
+        def group(carry: Any, inputs: tuple[Any, dict[str, Array]]) -> tuple[Any, None]:
+            first, stacked = inputs
+            # The gradient of a split is one concatenation, that of `period` slices as many additions of whole arrays.
+            parts = {name: lax.split(array, (1,) * period) for name, array in stacked.items()}
+            for i in range(period):
+                carry = step(
+                    kinds[i], first + i, {name: part[i][0] for name, part in parts.items()}, carry
+                )
+            return carry, None
+
+        if period == len(kinds):
+            return group(carry, (0, weights))[0]
+        weights = {
+            name: array.reshape(-1, period, *array.shape[1:]) for name, array in weights.items()
+        }
+        return lax.scan(group, carry, (jnp.arange(0, len(kinds), period), weights))[0]
+
+    def _remat(self, layer: Callable[..., Array]) -> Callable[..., Array]:
+        if self.options.remat == "none":
+            return layer
+        policies = jax.checkpoint_policies
+        saved = {
+            "full": policies.nothing_saveable,
+            "dots": policies.dots_with_no_batch_dims_saveable,
+        }
+        scanned = (
+            self._period() < self.config.num_hidden_layers
+        )  # a scan already keeps XLA from merging the two passes
+        return jax.checkpoint(layer, policy=saved[self.options.remat], prevent_cse=not scanned)
+
+
+def _norm(x: Array, weight: Array, eps: float) -> Array:
+    """RMS norm over the axes of `weight` (the last ones), in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    y = x.astype(jnp.float32)
+    axes = tuple(range(-weight.ndim, 0))
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + eps)
+    return (
+        y * jnp.expand_dims(weight.astype(jnp.float32), tuple(range(x.ndim - weight.ndim)))
+    ).astype(x.dtype)
+
+
+def attend(query: Array, key: Array, value: Array, window: int | None, options: Options) -> Array:
+    """Causal attention of whole rows whose tokens stand at the front.
+
+    Args:
+      query: `[row, time, head, head_dim]`.
+      key: `[row, time, kv_head, head_dim]`; value the same.
+      window: A token sees itself and `window - 1` tokens before it; None = all.
+      options: Which kernel.
+
+    Returns:
+      `[row, time, head, head_dim]`.
+    """
+    kernel = options.attention
+    if kernel == "auto":
+        on_gpu = jax.default_backend() == "gpu" and options.dtype in (jnp.bfloat16, jnp.float16)
+        kernel = (
+            "cudnn" if on_gpu and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128 else "xla"
+        )
+    local = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=True, local_window_size=local, implementation=kernel
+    )
+
+
+def _constrain(x: Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> Array:
+    """Keeps rows where the batch is split, so that the partitioner gathers weights and not activations."""
+    context = jax.sharding.get_abstract_mesh()
+    if mesh is None or AxisType.Manual in context.axis_types:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.spec(axes, x.shape, mesh)))
+
+
+def make_graphdef(config: ModelConfig, options: Options = Options()) -> nnx.GraphDef:
+    """The static part of the model; `nnx.merge(graphdef, params)` gives it back. Uses no memory."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, options, rngs=nnx.Rngs(0)))
+    return nnx.split(abstract)[0]
+
+
+def init(
+    config: ModelConfig, options: Options, key: Array, mesh: Mesh | None = None
+) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """A model with random weights, made where they will live: no device holds more than its shards.
+
+    The values do not depend on the mesh.
+    """
+    table = leaves(config)
+
+    def make(key: Array) -> dict[str, Any]:
+        count = iter(range(1_000_000))
+        return _map_leaves(
+            lambda name, leaf: _initial(name, leaf, jax.random.fold_in(key, next(count))), table
+        )
+
+    where = (
+        None if mesh is None else sharding.shardings(param_axes(config), param_shapes(config), mesh)
+    )
+    options = options if mesh is None else dataclasses.replace(options, mesh=mesh)
+    return make_graphdef(config, options), jax.jit(make, out_shardings=where)(key)
