@@ -233,7 +233,7 @@ def to_host(tree: Any) -> Any:
         local = np.empty((rows.stop - rows.start, *array.shape[1:]), array.dtype)
         for shard in array.addressable_shards:
             start, stop, _ = shard.index[0].indices(array.shape[0])
-            local[start - rows.start : stop - rows.start] = np.asarray(shard.data)
+            local[start - rows.start : stop - rows.start] = jax.device_get(shard.data)
         return local
 
     return jax.tree.map(collect, tree)
@@ -244,10 +244,10 @@ def fetch(tree: Any) -> Any:
 
     def whole(array):
         if not isinstance(array, jax.Array) or array.is_fully_addressable:
-            return np.asarray(array)
+            return np.asarray(jax.device_get(array))
         if not array.is_fully_replicated:
             array = _replicate(array.sharding.mesh)(array)
-        return np.asarray(array.addressable_data(0))
+        return np.asarray(jax.device_get(array.addressable_data(0)))
 
     return jax.tree.map(whole, tree)
 
@@ -372,12 +372,14 @@ def _report(host: str, port: int, process: int, timeout: float) -> str:
     """The other processes' side: process 0's answer, or "0" if it never came."""
     end = time.monotonic() + timeout
     while (left := end - time.monotonic()) > 0:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            with socket.create_connection((host, port), timeout=left) as connection:
-                connection.settimeout(timeout + 5)  # process 0 may have started only now
-                connection.sendall(str(process).encode())
-                answer = connection.recv(4096).decode("ascii")
-                if answer[:1].isdigit() or answer == "go":  # else not a roll call: keep trying
-                    return answer
+        with (
+            contextlib.suppress(OSError, UnicodeDecodeError),
+            socket.create_connection((host, port), timeout=left) as connection,
+        ):
+            connection.settimeout(timeout + 5)  # process 0 may have started only now
+            connection.sendall(str(process).encode())
+            answer = connection.recv(4096).decode("ascii")
+            if answer[:1].isdigit() or answer == "go":  # else not a roll call: keep trying
+                return answer
         time.sleep(0.1)
     return "0"
