@@ -1,0 +1,336 @@
+"""What the teacher may see: a successful sibling response, or feedback, in the question's prompt.
+
+Source: Hübotter et al., "Reinforcement Learning via Self-Distillation" (SDPO), arXiv 2601.20802,
+and its published code. The references cut over-long teacher prompts silently, one losing the
+instruction and the other the question; here the demonstration gets shorter, and that is counted.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pgpo_jax import data
+from pgpo_jax.errors import InputError, require
+from pgpo_jax.tasks import Question
+from pgpo_jax.verifiers import Outcome
+
+TEMPLATES: Mapping[str, str] = {
+    "reprompt": "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
+    "solution": "\nCorrect solution:\n\n{demonstration}",
+    "feedback": "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}",
+}
+"""The published templates; a task or the config replaces single ones."""
+
+FIELDS = {
+    "reprompt": ("{prompt}", "{solution}", "{feedback}"),
+    "solution": ("{demonstration}",),
+    "feedback": ("{feedback}",),
+}
+"""What each template must hold."""
+
+
+@dataclass(frozen=True)
+class RepromptConfig:
+    """How the teacher's prompt is made (config section ``reprompt``)."""
+
+    threshold: float = 0.5
+    """A response with at least this reward is a success and may be shown to its siblings."""
+
+    demonstration: Literal["sibling", "none", "other"] = "sibling"
+    """`sibling` is the method. Controls that train the same rows: `none`, the teacher sees the
+    plain prompt; `other`, it sees a success of another question."""
+
+    use_feedback: Literal["without_demonstration", "always", "never"] = "without_demonstration"
+    """When the verifier's feedback on the response itself is shown."""
+
+    remove_thinking: bool = True
+    """Remove `<think>...</think>` blocks from demonstrations (an unclosed one stays)."""
+
+    max_length: int = 10240
+    """Longest teacher prompt in tokens; demonstrations get shorter to fit, and are counted."""
+
+    reprompt_template: str | None = None
+    """The user message, with {prompt}, {solution} and {feedback}; null: the task's, else SDPO's."""
+
+    solution_template: str | None = None
+    """Fills {solution} where there is a {demonstration}; null: the task's, else SDPO's."""
+
+    feedback_template: str | None = None
+    """Fills {feedback} where there is feedback; null: the task's, else SDPO's."""
+
+    def __post_init__(self) -> None:
+        require(
+            "reprompt",
+            self,
+            threshold=(np.isfinite(self.threshold), "finite"),
+            max_length=(self.max_length > 0, "positive (tokens)"),
+        )
+        for name, fields in FIELDS.items():
+            template = getattr(self, f"{name}_template")
+            if template is not None and not all(field in template for field in fields):
+                raise InputError(
+                    f"reprompt.{name}_template: got {template!r}; must hold {', '.join(fields)}"
+                )
+
+
+def resolve_templates(
+    config: RepromptConfig, task_templates: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The `reprompt`, `solution`, `feedback` templates: the config's, else the task's, else SDPO's.
+
+    Returns:
+        A dict with exactly these three names.
+    """
+    task_templates = task_templates or {}
+    chosen = {name: getattr(config, f"{name}_template") for name in TEMPLATES}
+    return {
+        name: task_templates.get(name, default) if chosen[name] is None else chosen[name]
+        for name, default in TEMPLATES.items()
+    }
+
+
+def fill(template: str, **values: str) -> str:
+    """Replaces each ``{name}`` of `values` once; braces in the template or the values are text.
+
+    Not ``str.format``: a response with ``{`` or even ``{demonstration}`` in it must survive.
+    """
+    if not values:
+        return template
+    pattern = "|".join(re.escape(name) for name in values)
+    return re.sub(rf"\{{({pattern})\}}", lambda match: values[match[1]], template)
+
+
+def remove_thinking(text: str) -> str:
+    """Removes every closed ``<think>...</think>`` block and the white space after it."""
+    kept, start = [], 0
+    # Not a lazy regular expression: many unclosed blocks would make it quadratic.
+    while (opening := text.find("<think>", start)) >= 0:
+        closing = text.find("</think>", opening)
+        if closing < 0:
+            break
+        kept.append(text[start:opening])
+        start = closing + len("</think>")
+        while start < len(text) and text[start].isspace():
+            start += 1
+    return "".join(kept) + text[start:]
+
+
+def teacher_messages(
+    messages: Sequence[Mapping[str, str]],
+    demonstration: str | None,
+    feedback: str,
+    templates: Mapping[str, str],
+) -> list[dict[str, str]]:
+    """The question's conversation with the filled template as its last message.
+
+    Without demonstration and feedback it is the original conversation. Earlier messages, such as
+    the system's, stay.
+
+    Args:
+        messages: the question's conversation; its last message is the question.
+        demonstration: a correct response, or None.
+        feedback: feedback on the response itself, or "".
+        templates: from :func:`resolve_templates`.
+    """
+    messages = [dict(message) for message in messages]
+    if demonstration is None and not feedback:
+        return messages
+    solution, remark = "", ""
+    if demonstration is not None:
+        solution = fill(templates["solution"], demonstration=demonstration)
+    if feedback:
+        remark = fill(templates["feedback"], feedback=feedback)
+    content = fill(
+        templates["reprompt"],
+        prompt=messages[-1]["content"],
+        solution=solution,
+        feedback=remark,
+    )
+    messages[-1] = {**messages[-1], "content": content}
+    return messages
+
+
+def choose_siblings(
+    rewards: Sequence[float], rng: np.random.Generator, threshold: float
+) -> list[int | None]:
+    """Which response of its group each response is shown; None where there is none to show.
+
+    One random order of the group's successes is drawn; a response gets the first that is not
+    itself. So a lone success is shown nothing, and its siblings are shown it.
+    """
+    successes = [index for index, reward in enumerate(rewards) if reward >= threshold]
+    order = [int(index) for index in rng.permutation(np.array(successes, int))]
+    return [next((s for s in order if s != index), None) for index in range(len(rewards))]
+
+
+def choose_demonstrations(
+    keys: Sequence[str],
+    rewards: Sequence[Sequence[float]],
+    rng: np.random.Generator,
+    config: RepromptConfig,
+) -> list[list[tuple[int, int] | None]]:
+    """(question, sample) of the response that each response is shown, or None.
+
+    Each group has its own generator, derived from one draw and the question's key: a group's order
+    does not depend on which other questions this host handles.
+
+    Args:
+        keys: the questions' stable names.
+        rewards: ``[question][sample]``.
+        rng: derived from the run's seed and the step; one number is drawn from it.
+        config: `threshold` and `demonstration`; the control `none` chooses as `sibling` does.
+    """
+    base = int(rng.integers(2**63))
+    successes = [
+        (question, sample)
+        for question, group in enumerate(rewards)
+        for sample, reward in enumerate(group)
+        if reward >= config.threshold
+    ]
+    chosen: list[list[tuple[int, int] | None]] = []
+    for question, group in enumerate(rewards):
+        own = np.random.default_rng([base, zlib.crc32(keys[question].encode("utf-8", "replace"))])
+        siblings = choose_siblings(group, own, config.threshold)
+        if config.demonstration == "other":
+            others = [pair for pair in successes if pair[0] != question]
+            picks = own.integers(len(others), size=len(group)) if others else []
+            chosen.append(
+                [
+                    None if sibling is None or not others else others[int(picks[sample])]
+                    for sample, sibling in enumerate(siblings)
+                ]
+            )
+        else:
+            chosen.append([None if s is None else (question, s) for s in siblings])
+    return chosen
+
+
+def reprompt(
+    questions: Sequence[Question],
+    rollouts: data.Rollouts,
+    outcomes: Sequence[Sequence[Outcome]],
+    rng: np.random.Generator,
+    config: RepromptConfig,
+    tokenizer: Any,
+    templates: Mapping[str, str] | None = None,
+    *,
+    template_options: Mapping[str, Any] | None = None,
+) -> data.Contexts:
+    """Builds the teacher's prompt of every response.
+
+    Args:
+        questions: the batch's questions, ``Q`` of them.
+        rollouts: their responses; `texts` are the possible demonstrations.
+        outcomes: ``[Q][G]``, what the verifier said.
+        rng: derived from the run's seed and the step, for instance
+            ``np.random.default_rng([seed, step])``.
+        config: thresholds, templates, limit, controls.
+        tokenizer: as for the student's prompts.
+        templates: the task's own templates.
+        template_options: options of the chat template, as for the student's prompts.
+
+    Returns:
+        Contexts of ``Q * G`` rows, question-major. A response that got neither demonstration nor
+        feedback has ``has_context`` False and the original prompt.
+
+    Raises:
+        InputError: if not even one character of a demonstration or feedback fits the limit.
+    """
+    filled = resolve_templates(config, templates)
+    rewards = [[outcome.reward for outcome in group] for group in outcomes]
+    chosen = choose_demonstrations([q.key for q in questions], rewards, rng, config)
+
+    def build(question: int, demonstration: str | None, feedback: str) -> str:
+        messages = questions[question].messages
+        messages = teacher_messages(messages, demonstration, feedback, filled)
+        return data.render(tokenizer, messages, template_options)
+
+    # Siblings mostly share one demonstration: each different context is built and tokenized once.
+    rows: list[tuple[int, str | None, str]] = []
+    for question, group in enumerate(outcomes):
+        for sample, outcome in enumerate(group):
+            pair = chosen[question][sample]
+            demonstration = None if pair is None else rollouts.texts[pair[0]][pair[1]]
+            if demonstration is not None and config.remove_thinking:
+                demonstration = remove_thinking(demonstration)
+            wanted = config.use_feedback == "always" or (
+                config.use_feedback == "without_demonstration" and demonstration is None
+            )
+            rows.append((question, demonstration, outcome.feedback if wanted else ""))
+    has_context = np.array([demo is not None or feedback != "" for _, demo, feedback in rows], bool)
+    if config.demonstration == "none":  # the control: the same rows train, the teacher sees nothing
+        rows = [(question, None, "") for question, _, _ in rows]
+
+    texts = {row: build(*row) for row in dict.fromkeys(rows)}
+    tokens = dict(zip(texts, data.tokenize(tokenizer, list(texts.values())), strict=True))
+    short: set[tuple[int, str | None, str]] = set()
+    for row in texts:
+        question, demonstration, feedback = row
+        if demonstration is None and not feedback:  # exactly the student's tokens
+            mask = np.asarray(rollouts.prompt_mask[question], bool)
+            tokens[row] = np.asarray(rollouts.prompts[question])[mask].tolist()
+        elif len(tokens[row]) > config.max_length:
+            texts[row], tokens[row] = _shorten(
+                lambda demo, remark, question=question: build(question, demo, remark),
+                demonstration,
+                feedback,
+                tokenizer,
+                config.max_length,
+                questions[question].key,
+            )
+            short.add(row)
+    longest = max(len(tokens[row]) for row in rows)
+    width = data.bucket(longest, max(config.max_length, longest))
+    prompts, prompt_mask = data.left_pad([tokens[row] for row in rows], width)
+    return data.Contexts(
+        prompts=prompts,
+        prompt_mask=prompt_mask,
+        has_context=has_context,
+        texts=[texts[row] for row in rows],
+        shortened=sum(row in short for row in rows),
+    )
+
+
+def _shorten(
+    build: Callable[[str | None, str], str],
+    demonstration: str | None,
+    feedback: str,
+    tokenizer: Any,
+    limit: int,
+    key: str,
+) -> tuple[str, list[int]]:
+    """Keeps as much of the demonstration's end as fits (the answer is there), then of feedback."""
+
+    def encoded(demo: str | None, remark: str) -> tuple[str, list[int]]:
+        text = build(demo, remark)
+        return text, data.tokenize(tokenizer, [text])[0]
+
+    def most(count: int, fits: Callable[[int], bool]) -> int:
+        low, high = 0, count  # the largest size that fits, 0 if none does
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+    if demonstration:
+        whole = demonstration
+        kept = most(len(whole), lambda size: len(encoded(whole[-size:], feedback)[1]) <= limit)
+        if kept:
+            return encoded(whole[-kept:], feedback)
+        demonstration = whole[-1:]
+    kept = most(
+        len(feedback), lambda size: len(encoded(demonstration, feedback[:size])[1]) <= limit
+    )
+    if kept:
+        return encoded(demonstration, feedback[:kept])
+    size = len(encoded(demonstration and demonstration[-1:], feedback[:1])[1])
+    raise InputError(
+        f"reprompt.max_length: got {limit}; question {key!r} and the instruction alone have "
+        f"{size} tokens; raise it to the longest prompt plus room for a demonstration"
+    )

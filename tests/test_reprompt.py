@@ -1,0 +1,285 @@
+"""Which demonstration the teacher sees, and the prompt around it."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pgpo_jax import data, reprompt
+from pgpo_jax.errors import InputError
+from pgpo_jax.reprompt import RepromptConfig
+from pgpo_jax.tasks import Question
+from pgpo_jax.verifiers import Outcome
+
+CHAT = (
+    "{%- for message in messages -%}[{{ message['role'] }}]{{ message['content'] }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}[assistant]{%- endif -%}"
+)
+
+
+def byte_tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    wrapped.chat_template = CHAT
+    return wrapped
+
+
+TOKENIZER = byte_tokenizer()
+
+
+def question(text, system=None, key=None):
+    messages = ({"role": "user", "content": text},)
+    if system:
+        messages = ({"role": "system", "content": system}, *messages)
+    return Question(messages=messages, answer="", key=key or text)
+
+
+def rollouts(questions, texts):
+    rows = data.encode(TOKENIZER, [q.messages for q in questions], max_length=1000)
+    prompts, mask = data.left_pad(rows, max(map(len, rows)))
+    shape = (len(questions), len(texts[0]), 1)
+    zeros = np.zeros(shape, np.int32)
+    return data.Rollouts(prompts, mask, zeros, zeros == 0, zeros.astype(np.float32), texts)
+
+
+def contexts(questions, texts, rewards, feedback=None, seed=0, templates=None, **options):
+    outcomes = [
+        [Outcome(reward, feedback[q][g] if feedback else "") for g, reward in enumerate(group)]
+        for q, group in enumerate(rewards)
+    ]
+    return reprompt.reprompt(
+        questions,
+        rollouts(questions, texts),
+        outcomes,
+        np.random.default_rng([seed, 0]),
+        RepromptConfig(**options),
+        TOKENIZER,
+        templates,
+    )
+
+
+def decoded(result):
+    return [
+        TOKENIZER.decode(tokens[mask])
+        for tokens, mask in zip(result.prompts, result.prompt_mask, strict=True)
+    ]
+
+
+def test_the_teacher_prompt_is_the_published_template_in_the_last_user_message():
+    result = contexts([question("Q?", system="S")], [["right", "wrong"]], [[1.0, 0.0]])
+    assert decoded(result)[1] == (
+        "[system]S[user]Q?\nCorrect solution:\n\nright\n\n"
+        "Correctly solve the original question.[assistant]"
+    )
+    assert result.texts == decoded(result)
+
+
+def test_a_lone_success_is_masked_and_its_siblings_use_it():
+    result = contexts([question("Q")], [["a", "b", "c"]], [[0.0, 1.0, 0.0]])
+    assert result.has_context.tolist() == [True, False, True]
+    assert decoded(result)[1] == "[user]Q[assistant]"
+    assert "\n\nb\n\n" in decoded(result)[0]
+    assert "\n\nb\n\n" in decoded(result)[2]
+
+
+def test_without_a_success_or_feedback_the_original_prompt_stays():
+    result = contexts([question("Q")], [["a", "b"]], [[0.0, 0.49]])
+    assert not result.has_context.any()
+    assert set(decoded(result)) == {"[user]Q[assistant]"}
+
+
+@given(
+    rewards=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=8),
+    seed=st.integers(0, 100),
+)
+def test_a_response_gets_the_first_success_that_is_not_itself(rewards, seed):
+    chosen = reprompt.choose_siblings(rewards, np.random.default_rng(seed), 0.5)
+    successes = {index for index, reward in enumerate(rewards) if reward >= 0.5}
+    for index, sibling in enumerate(chosen):
+        assert (sibling is not None) == bool(successes - {index})
+        assert sibling is None or (sibling in successes and sibling != index)
+    # One order for the group: all but its first member see that first member.
+    assert len({sibling for sibling in chosen if sibling is not None}) <= 2
+
+
+def test_every_success_is_chosen_equally_often():
+    picks = [
+        reprompt.choose_siblings([0.0, 1.0, 1.0, 1.0], np.random.default_rng(seed), 0.5)[0]
+        for seed in range(600)
+    ]
+    assert min(np.bincount(picks)[1:]) > 150
+
+
+def test_the_same_seed_and_step_choose_the_same_and_hosts_agree():
+    questions = [question(f"Q{i}") for i in range(6)]
+    texts = [[f"{i}-{g}" for g in range(8)] for i in range(6)]
+    rewards = [[1.0] * 8] * 6
+    whole = contexts(questions, texts, rewards)
+    assert contexts(questions, texts, rewards).texts == whole.texts
+    assert contexts(questions, texts, rewards, seed=1).texts != whole.texts
+    half = contexts(questions[3:], texts[3:], rewards[3:])  # what a second host would handle
+    assert half.texts == whole.texts[24:]
+
+
+@pytest.mark.parametrize(
+    ("mode", "used"),
+    [("without_demonstration", [True, False]), ("always", [True, True]), ("never", [False] * 2)],
+)
+def test_feedback_is_shown_as_configured(mode, used):
+    result = contexts(
+        [question("Q")], [["good", "bad"]], [[1.0, 0.0]], [["F0", "F1"]], use_feedback=mode
+    )
+    texts = decoded(result)
+    assert ["F0" in texts[0], "F1" in texts[1]] == used
+    assert result.has_context.tolist() == [used[0], True]
+    if mode == "always":
+        assert texts[1] == (
+            "[user]Q\nCorrect solution:\n\ngood\nThe following is feedback from your unsuccessful "
+            "earlier attempt:\n\nF1\n\nCorrectly solve the original question.[assistant]"
+        )
+
+
+def test_the_control_none_trains_the_same_rows_with_the_plain_prompt():
+    arguments = ([question("Q")], [["a", "b", "c"]], [[1.0, 0.0, 0.0]], [["", "", "hint"]])
+    result = contexts(*arguments, demonstration="none")
+    assert result.has_context.tolist() == contexts(*arguments).has_context.tolist()
+    assert set(decoded(result)) == {"[user]Q[assistant]"}
+    assert result.shortened == 0
+
+
+def test_the_control_other_shows_another_questions_success_to_the_same_rows():
+    questions = [question(f"Q{i}") for i in range(3)]
+    texts = [[f"demo-{i}-{g}" for g in range(3)] for i in range(3)]
+    rewards = [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    result = contexts(questions, texts, rewards, demonstration="other")
+    same = contexts(questions, texts, rewards)
+    assert result.has_context.tolist() == same.has_context.tolist()
+    for row, text in enumerate(decoded(result)):
+        own = row // 3
+        assert f"Q{own}" in text
+        assert f"demo-{own}-" not in text
+        assert ("demo-" in text) == bool(result.has_context[row])
+
+
+def test_the_control_other_has_nothing_to_show_when_one_question_is_alone():
+    result = contexts([question("Q")], [["a", "b"]], [[1.0, 0.0]], demonstration="other")
+    assert not result.has_context.any()
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("<think>a</think>b", "b"),
+        ("<think>\na\n</think>\n\nb <think>c</think> d", "b d"),
+        ("a <think>b", "a <think>b"),
+        ("<think>a</think>b<think>c", "b<think>c"),
+        ("a</think>b", "a</think>b"),
+        ("plain", "plain"),
+    ],
+)
+def test_closed_thinking_is_removed_and_an_unclosed_block_stays(text, left):
+    assert reprompt.remove_thinking(text) == left
+    shown = contexts([question("Q")], [[text, "x"]], [[1.0, 0.0]]).texts[1]
+    assert f"\n\n{left}\n\nCorrectly" in shown
+
+
+def test_removing_thinking_takes_linear_time():
+    start = time.perf_counter()
+    reprompt.remove_thinking("<think>" * 100_000)
+    reprompt.remove_thinking("<think></think>" * 50_000)
+    assert time.perf_counter() - start < 2
+
+
+@given(
+    texts=st.lists(
+        st.text("{}%$ab") | st.sampled_from(["{demonstration}", "{prompt}", "{solution}", "\\1"]),
+        min_size=3,
+        max_size=3,
+    )
+)
+def test_braces_in_any_text_survive(texts):
+    prompt, demonstration, feedback = texts
+    (message,) = reprompt.teacher_messages(
+        [{"role": "user", "content": prompt}], demonstration, feedback, reprompt.TEMPLATES
+    )
+    remark = (
+        "\nThe following is feedback from your unsuccessful earlier attempt:\n\n" + feedback
+        if feedback
+        else ""
+    )
+    assert message["content"] == (
+        prompt
+        + "\nCorrect solution:\n\n"
+        + demonstration
+        + remark
+        + "\n\nCorrectly solve the original question."
+    )
+
+
+def test_an_over_long_demonstration_gets_shorter_and_is_counted():
+    demonstration = "x" * 500 + " so the answer is B"
+    arguments = ([question("The question?")], [[demonstration, "n", "m"]], [[1.0, 0.0, 0.0]])
+    whole = contexts(*arguments)
+    assert whole.shortened == 0
+    result = contexts(*arguments, max_length=150)
+    assert result.shortened == 2
+    assert result.prompt_mask.sum(1).tolist() == [30, 150, 150]
+    text = decoded(result)[1]
+    assert text.startswith("[user]The question?\nCorrect solution:\n\nxx")
+    assert text.endswith("so the answer is B\n\nCorrectly solve the original question.[assistant]")
+
+
+def test_over_long_feedback_gets_shorter_after_the_demonstration():
+    result = contexts(
+        [question("Q")],
+        [["d" * 300, "n"]],
+        [[1.0, 0.0]],
+        [["", "first " + "f" * 300]],
+        use_feedback="always",
+        max_length=170,
+    )
+    text = decoded(result)[1]
+    assert result.prompt_mask[1].sum() == 170
+    assert "\n\nd\n" in text
+    assert "first ff" in text
+    assert result.shortened == 1
+
+
+def test_a_question_that_leaves_no_room_for_a_demonstration_is_an_error():
+    with pytest.raises(InputError, match=r"reprompt.max_length: got 60; question 'QQQ"):
+        contexts([question("Q" * 50)], [["abc", "n"]], [[1.0, 0.0]], max_length=60)
+
+
+def test_a_task_may_bring_templates_and_the_config_replaces_single_ones():
+    task = {"reprompt": "{prompt}{solution}{feedback}", "solution": "#{demonstration}"}
+    arguments = ([question("1+2")], [["3", "4"]], [[1.0, 0.0]])
+    assert contexts(*arguments, templates=task).texts[1] == "[user]1+2#3[assistant]"
+    result = contexts(*arguments, templates=task, solution_template="~{demonstration}")
+    assert result.texts[1] == "[user]1+2~3[assistant]"
+
+
+def test_the_width_is_a_bucket():
+    result = contexts([question("Q")], [["a" * 5, "b"]], [[1.0, 0.0]])
+    assert result.prompts.shape[1] == data.bucket(int(result.prompt_mask.sum(1).max()), 10240)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reprompt_template": "{prompt}{solution}"},
+        {"solution_template": "no field"},
+        {"feedback_template": "no field"},
+        {"max_length": 0},
+        {"threshold": float("nan")},
+    ],
+)
+def test_unusable_settings_are_refused(options):
+    with pytest.raises(InputError, match=f"reprompt.{next(iter(options))}: got"):
+        RepromptConfig(**options)
