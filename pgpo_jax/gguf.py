@@ -1,19 +1,20 @@
-"""GGUF files (llama.cpp's format) of the Llama family, as Hugging Face configs, tensors and tokenizers.
+"""GGUF files (llama.cpp's format) of the Llama family as Hugging Face config, tensors, tokenizer.
 
-The format is read and dequantised by the `gguf` package (extra `gguf`), in numpy. What it does not know is written
-here: which metadata key is which config field, which tensor is which parameter, and how the tokenizer cuts text.
+The `gguf` package (extra `gguf`) reads and dequantises the format, in numpy. What it does not know
+is written here: which metadata key is which config field, which tensor is which parameter, and how
+the tokenizer cuts text.
 
-Left out: sentencepiece vocabularies (Llama 2), mixtures of experts, RoPE scaling other than Llama 3's, files in shards.
+Left out: sentencepiece vocabularies (Llama 2), mixtures of experts, YaRN, files in shards.
 """
 
-import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pgpo_jax import rope
+from pgpo_jax.architecture import ModelConfig
 from pgpo_jax.errors import InputError
 
 
@@ -34,7 +35,8 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", False, ("attn_q_norm.weight", "attn_k_norm.weight")),
 }
 
-# GGUF name -> (Hugging Face name, shape). Sizes: d hidden, f feed-forward, h head, q all query heads, k all key heads.
+# GGUF name -> (Hugging Face name, shape). Sizes: v vocabulary, d hidden, f feed-forward, h head,
+# q all query heads, k all key heads.
 OUTER = {
     "token_embd.weight": ("model.embed_tokens.weight", "vd"),
     "output_norm.weight": ("model.norm.weight", "d"),
@@ -72,6 +74,7 @@ KNOWN_KEYS = {
     "feed_forward_length",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.scaling.factor",
     "rope.scaling.type",
     "tensor_data_layout",
     "vocab_size",
@@ -85,7 +88,7 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 8192,
 }
 
-# Control tokens that end a turn or a document in the supported families, as llama.cpp recognises them by text.
+# Control tokens that end a turn or a document, recognised by their text as in llama.cpp.
 END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # of the format's token types
@@ -143,7 +146,7 @@ def read(path: str | os.PathLike) -> File:
     """Opens a GGUF file; tensors stay on disk until they are loaded.
 
     Raises:
-      InputError: The `gguf` package is missing, or the file is not a readable little-endian GGUF file.
+      InputError: The `gguf` package is missing, or this is no GGUF file that it can read.
     """
     try:
         import gguf
@@ -163,6 +166,10 @@ def read(path: str | os.PathLike) -> File:
     return File(str(path), metadata, {tensor.name: tensor for tensor in reader.tensors})
 
 
+def _bad(file: File, problem: str) -> InputError:
+    return InputError(f"SOURCE: {file.path} {problem}")
+
+
 def config(file: File) -> dict[str, Any]:
     """The Hugging Face `config.json` of the model in `file`.
 
@@ -171,9 +178,7 @@ def config(file: File) -> dict[str, Any]:
     """
     architecture = file.metadata.get("general.architecture")
     if architecture not in FAMILIES:
-        raise InputError(
-            f"SOURCE: {file.path} has the architecture {architecture!r}; supported: {', '.join(FAMILIES)}"
-        )
+        raise _bad(file, f"has the architecture {architecture!r}; supported: {', '.join(FAMILIES)}")
     settings = {
         name.removeprefix(f"{architecture}."): value
         for name, value in file.metadata.items()
@@ -182,7 +187,7 @@ def config(file: File) -> dict[str, Any]:
     unknown = sorted(name for name in settings if settings[name] and name not in KNOWN_KEYS)
     if unknown:
         found = ", ".join(f"{architecture}.{name} = {settings[name]!r}" for name in unknown)
-        raise InputError(f"SOURCE: {file.path} has settings that are not supported: {found}")
+        raise _bad(file, f"has settings that are not supported: {found}")
     required = [
         "attention.head_count",
         "attention.layer_norm_rms_epsilon",
@@ -192,34 +197,30 @@ def config(file: File) -> dict[str, Any]:
         "feed_forward_length",
     ]
     missing = [f"{architecture}.{name}" for name in required if name not in settings]
-    missing += [name for name in ("token_embd.weight",) if name not in file.tensors]
+    if "token_embd.weight" not in file.tensors:
+        missing.append("token_embd.weight")
     if missing:
-        raise InputError(f"SOURCE: {file.path} lacks {', '.join(missing)}")
+        raise _bad(file, f"lacks {', '.join(missing)}")
 
     heads = settings["attention.head_count"]
     kv_heads = settings.get("attention.head_count_kv", heads)  # the format's default
-    if not (isinstance(heads, int) and isinstance(kv_heads, int)):
-        raise InputError(f"SOURCE: {file.path} has other head counts in each layer; not supported")
+    if not (isinstance(heads, int) and isinstance(kv_heads, int) and heads > 0 < kv_heads):
+        raise _bad(file, f"has {heads} heads and {kv_heads} key heads; one positive number each")
     hidden = settings["embedding_length"]
     head_dim = settings.get("attention.key_length", hidden // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if settings.get(name, head_dim) != head_dim:
-            raise InputError(
-                f"SOURCE: {file.path} has {architecture}.{name} = {settings[name]}; it must be the head"
-                f" dimension, {head_dim}"
+            raise _bad(
+                file,
+                f"has {architecture}.{name} = {settings[name]}; it must be the head"
+                f" dimension, {head_dim}",
             )
     theta = _shortest(settings.get("rope.freq_base", 10000.0))  # the format's default
-    kind = settings.get("rope.scaling.type", "none")
-    if kind != "none":
-        raise InputError(
-            f"SOURCE: {file.path} has {architecture}.rope.scaling.type = {kind!r}; only none and"
-            " Llama 3's (the tensor rope_freqs.weight) are supported"
-        )
     tokenizer = {
         f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
-    return {
+    result = {
         "architectures": [FAMILIES[architecture].class_name],
         "model_type": architecture,
         "vocab_size": int(file.tensors["token_embd.weight"].shape[1]),
@@ -233,12 +234,13 @@ def config(file: File) -> dict[str, Any]:
         "max_position_embeddings": settings["context_length"],
         "rms_norm_eps": _shortest(settings["attention.layer_norm_rms_epsilon"]),
         "rope_theta": theta,
-        "rope_scaling": _llama3_scaling(file, theta, head_dim),
+        "rope_scaling": _rope_scaling(file, settings, theta, head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": architecture == "qwen2",
         "dtype": "float32",
         **tokenizer,
     }
+    ModelConfig.from_hf(result)  # what our model cannot compute is better refused here
+    return result
 
 
 def _shortest(value: float) -> float:
@@ -246,23 +248,33 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _llama3_scaling(file: File, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Llama 3's RoPE scaling from the frequency factors that follow from it; None without them."""
+def _rope_scaling(
+    file: File, settings: dict[str, Any], theta: float, head_dim: int
+) -> dict[str, Any] | None:
+    """Linear scaling as the file states it, or Llama 3's from the factors that follow from it."""
+    kind = settings.get("rope.scaling.type", "none")
     tensor = file.tensors.get("rope_freqs.weight")
+    if kind == "linear" and tensor is None:
+        return {
+            "rope_type": "linear",
+            "factor": _shortest(settings.get("rope.scaling.factor", 1.0)),
+        }
+    if kind != "none":
+        raise _bad(
+            file,
+            f"has rope.scaling.type = {kind!r}; supported are none, linear, and"
+            " Llama 3's (the tensor rope_freqs.weight)",
+        )
     if tensor is None:
         return None
     factors = np.asarray(tensor.data, np.float32).reshape(-1)
     scaling = LLAMA3_SCALING | {"factor": float(factors.max(initial=1.0))}
-    # The formula of transformers' `_compute_llama3_parameters`, written for 1 / frequency.
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    rotations = scaling["original_max_position_embeddings"] / wavelengths
-    smooth = np.clip((rotations - low) / (high - low), 0.0, 1.0)
-    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise InputError(
-            f"SOURCE: {file.path} has frequency factors (rope_freqs.weight) that are not Llama 3's;"
-            " not supported"
+    plain, _ = rope.frequencies(rope.Rope(rope_theta=theta), head_dim)
+    scaled, _ = rope.frequencies(rope.Rope(rope_theta=theta, **scaling), head_dim)
+    if factors.shape != plain.shape or not np.allclose(factors, plain / scaled, rtol=1e-4):
+        raise _bad(
+            file,
+            "has frequency factors (rope_freqs.weight) other than Llama 3's; not supported",
         )
     return scaling
 
@@ -275,8 +287,8 @@ def tensors(file: File, hf_config: dict[str, Any]) -> Iterator[Tensor]:
       hf_config: Its `config`.
 
     Raises:
-      InputError: Missing or unmapped tensors (all in one line), a shape against the config, or, when
-        loaded, a quantisation that the `gguf` package cannot undo.
+      InputError: Missing or unmapped tensors (all in one line), a shape against the config, or,
+        when loaded, a quantisation that the `gguf` package cannot undo.
     """
     family = FAMILIES[hf_config["model_type"]]
     layer = LAYER | {name: ATTENTION[name] for name in family.attention}
@@ -295,7 +307,7 @@ def tensors(file: File, hf_config: dict[str, Any]) -> Iterator[Tensor]:
             for what, names in (("lacks", missing), ("has unmapped", unmapped))
             if names
         ]
-        raise InputError(f"SOURCE: {file.path} {'; '.join(parts)} for {hf_config['model_type']}")
+        raise _bad(file, f"{'; '.join(parts)} for {hf_config['model_type']}")
 
     head_dim, kv_heads = hf_config["head_dim"], hf_config["num_key_value_heads"]
     sizes = {
@@ -310,7 +322,7 @@ def tensors(file: File, hf_config: dict[str, Any]) -> Iterator[Tensor]:
         shape = tuple(sizes[letter] for letter in letters)
         found = tuple(int(size) for size in reversed(file.tensors[name].shape))
         if found != shape:
-            raise InputError(f"SOURCE: {file.path} has {name} {found}; its metadata means {shape}")
+            raise _bad(file, f"has {name} {found}; its metadata means {shape}")
         permuted = family.permuted and (".attn_q." in name or ".attn_k." in name)
         yield Tensor(hf_name, shape, _loader(file, name, shape, head_dim if permuted else None))
 
@@ -325,8 +337,8 @@ def _loader(
         try:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
-            raise InputError(
-                f"SOURCE: {file.path} has {name} in {tensor.tensor_type.name}, which cannot be dequantised"
+            raise _bad(
+                file, f"has {name} in {tensor.tensor_type.name}, which cannot be dequantised"
             ) from error
         values = np.asarray(values, np.float32).reshape(shape)
         return values if head_dim is None else unpermute(values, head_dim)
@@ -337,8 +349,9 @@ def _loader(
 def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Undoes llama.cpp's order of the rows of a q or k matrix.
 
-    Within each head the file has rows 0, h/2, 1, h/2+1, ... (RoPE rotates neighbours), where Hugging Face has
-    0, 1, ..., h-1 (RoPE rotates halves). Source: `LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py.
+    Within each head the file has rows 0, h/2, 1, h/2+1, ... (RoPE turns neighbours), Hugging Face
+    0, 1, ..., h-1 (RoPE turns halves). Source: `LlamaModel.permute` in llama.cpp's
+    convert_hf_to_gguf.py.
 
     Args:
       rows: `[heads * head_dim, ...]`.
@@ -346,31 +359,6 @@ def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def write_safetensors(path: str | os.PathLike, source: Iterable[Tensor]) -> None:
-    """Writes float32 tensors to one safetensors file, holding one of them at a time.
-
-    The safetensors package wants all tensors at once; the format is a JSON header and the bytes
-    (https://github.com/huggingface/safetensors#format).
-    """
-    source = list(source)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in source:
-        start, end = end, end + 4 * math.prod(tensor.shape)
-        header[tensor.name] = {
-            "dtype": "F32",
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as out:
-        out.write(len(text).to_bytes(8, "little"))
-        out.write(text)
-        for tensor in source:
-            out.write(np.ascontiguousarray(tensor.load(), "<f4").data)
 
 
 def end_tokens(file: File) -> list[int]:
@@ -390,8 +378,8 @@ def end_tokens(file: File) -> list[int]:
 def tokenizer(file: File) -> Any:
     """The tokenizer in `file`, with special tokens and chat template.
 
-    transformers can read GGUF tokenizers, but takes an unlisted `tokenizer.ggml.pre` for GPT-2's: it would not cut
-    SmolLM2's numbers into digits. Here an unlisted one is an error.
+    transformers can read GGUF tokenizers, but takes a `tokenizer.ggml.pre` that it does not know
+    for GPT-2's: it would cut SmolLM2's text differently around ² and ½. Here that is an error.
 
     Returns:
       A `transformers.PreTrainedTokenizerFast` (byte-level BPE).
@@ -399,9 +387,8 @@ def tokenizer(file: File) -> Any:
     Raises:
       InputError: No tokenizer in the file, or a kind that we do not know.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
     from tokenizers import pre_tokenizers as pre
-    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
     ggml = {
@@ -411,19 +398,21 @@ def tokenizer(file: File) -> Any:
     }
     missing = [name for name in ("model", "tokens", "token_type", "merges") if name not in ggml]
     if ggml.get("model", "gpt2") != "gpt2" or missing:
-        raise InputError(
-            f"SOURCE: {file.path} has the tokenizer {ggml.get('model')!r}"
+        raise _bad(
+            file,
+            f"has the tokenizer {ggml.get('model')!r}"
             + (f" without {', '.join(missing)}" if missing else "")
-            + "; only gpt2 (byte-level BPE) is supported"
+            + "; only gpt2 (byte-level BPE) is supported",
         )
     if ggml.get("pre") not in SPLITTINGS:
-        raise InputError(
-            f"SOURCE: {file.path} has tokenizer.ggml.pre = {ggml.get('pre')!r}; supported: {', '.join(SPLITTINGS)}"
+        raise _bad(
+            file,
+            f"has tokenizer.ggml.pre = {ggml.get('pre')!r}; supported: {', '.join(SPLITTINGS)}",
         )
     splitting = SPLITTINGS[ggml["pre"]]
     tokens, types = ggml["tokens"], ggml["token_type"]
     if len(tokens) != len(types) or len(set(tokens)) != len(tokens):
-        raise InputError(f"SOURCE: {file.path} has repeated tokens or tokens without a type")
+        raise _bad(file, "has repeated tokens or tokens without a type")
     count = len(tokens)
     while count and types[count - 1] == _UNUSED:  # llama.cpp's names for padded embedding rows
         count -= 1
@@ -432,7 +421,7 @@ def tokenizer(file: File) -> Any:
     try:
         model = models.BPE(vocabulary, merges, ignore_merges=splitting.whole_words)
     except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"SOURCE: {file.path} has a broken tokenizer ({error})") from error
+        raise _bad(file, f"has a broken tokenizer ({error})") from error
     backend = Tokenizer(model)
     if splitting.nfc:
         backend.normalizer = normalizers.NFC()
@@ -444,12 +433,10 @@ def tokenizer(file: File) -> Any:
     steps.append(pre.ByteLevel(add_prefix_space=False, use_regex=splitting.pattern is None))
     backend.pre_tokenizer = pre.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(tokens[i], normalized=False, special=True) for i in range(count) if types[i] == _CONTROL]
-    )
-    backend.add_tokens(
-        [AddedToken(tokens[i], normalized=False) for i in range(count) if types[i] == _USER_DEFINED]
-    )
+    for token, kind in zip(tokens, types, strict=True):  # found in text as they are, before any cut
+        if kind in (_CONTROL, _USER_DEFINED):
+            special = kind == _CONTROL
+            backend.add_tokens([AddedToken(token, normalized=False, special=special)])
 
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     special = {
