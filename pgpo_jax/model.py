@@ -1,7 +1,8 @@
-"""One decoder for Qwen3, Qwen2, Llama 3 / SmolLM2 and OLMo 2 / 3, told apart by their `config.json`.
+"""One decoder for Qwen3, Qwen2, Llama 3 / SmolLM2 and OLMo 2 / 3, driven by their `config.json`.
 
-Layers are stacked `[layer, ...]` and scanned, so that compile time does not grow with depth. Parameters are float32, the
-computation runs in `Options.dtype`; norms, rotations, softmax and logits are float32.
+Layers are stacked `[layer, ...]` and scanned, so that compile time does not grow with depth.
+Parameters are float32, the computation runs in `Options.dtype`; norms, rotations, softmax and logits
+are float32.
 """
 
 import dataclasses
@@ -17,201 +18,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from pgpo_jax import rope, sharding
+from pgpo_jax.architecture import ModelConfig
+from pgpo_jax.attention import Kernel, attend, attend_cached
 from pgpo_jax.errors import InputError
-
-
-class Architecture(NamedTuple):
-    """What a `model_type` means beyond the numbers in its configuration."""
-
-    post_norm: bool = False  # norms after attention and feed-forward, none before
-    qk_norm: Literal["none", "head", "full"] = "none"  # over one head, or over all heads together
-    qkv_bias: bool = False
-    scale_sliding: bool = True  # RoPE scaling that is not nested also holds for sliding layers
-    rms_norm_eps: float = 1e-6  # the defaults of transformers, where config.json leaves them out
-    rope_theta: float = 10_000.0
-    head_dim: int | None = None
-
-
-ARCHITECTURES = {
-    "qwen3": Architecture(qk_norm="head", head_dim=128),
-    "qwen2": Architecture(qkv_bias=True),
-    "llama": Architecture(),
-    "olmo2": Architecture(post_norm=True, qk_norm="full", rms_norm_eps=1e-5),
-    "olmo3": Architecture(
-        post_norm=True, qk_norm="full", scale_sliding=False, rms_norm_eps=1e-5, rope_theta=500_000.0
-    ),
-}
-# Settings of other members of these families that this decoder does not compute, with the values it does.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "partial_rotary_factor": (1, None),
-    "pretraining_tp": (1, None),
-    "clip_qkv": (None,),
-    "quantization_config": (None,),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The architecture, under the names of Hugging Face's `config.json`."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    max_position_embeddings: int
-    layer_types: tuple[str, ...]
-    sliding_window: int | None
-    rope: rope.Rope
-    """Of full attention layers."""
-    sliding_rope: rope.Rope
-    """Of sliding layers."""
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
-
-    @property
-    def architecture(self) -> Architecture:
-        return ARCHITECTURES[self.model_type]
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Reads a parsed `config.json`.
-
-        Raises:
-          InputError: An unknown architecture, a missing size, or a setting that this decoder does not compute.
-        """
-        model_type = config.get("model_type")
-        if model_type not in ARCHITECTURES:
-            raise InputError(
-                f"model_type: got {model_type!r}; must be one of {', '.join(ARCHITECTURES)}"
-            )
-        defaults = ARCHITECTURES[model_type]
-        for name, allowed in FIXED.items():
-            if config.get(name) not in allowed and not (
-                name == "attention_bias" and defaults.qkv_bias
-            ):
-                raise InputError(
-                    f"{name}: got {config[name]!r}; {model_type} is supported with {allowed[0]!r} only"
-                )
-
-        def size(name: str, default: int | None = None) -> int:
-            value = config.get(name)
-            value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}: got {value!r}; must be a positive whole number")
-            return value
-
-        layers, heads, hidden = (
-            size("num_hidden_layers"),
-            size("num_attention_heads"),
-            size("hidden_size"),
-        )
-        kv_heads = size("num_key_value_heads", heads)
-        if heads % kv_heads:
-            raise InputError(
-                f"num_key_value_heads: got {kv_heads}; must divide num_attention_heads = {heads}"
-            )
-        absent = None if "head_dim" in config else defaults.head_dim
-        head_dim = size("head_dim", absent or hidden // heads)
-        if head_dim % 2:
-            raise InputError(f"head_dim: got {head_dim}; must be even to be rotated in pairs")
-        window = _sliding_window(config)
-        types = _layer_types(config, layers, window)
-        ropes = rope.read(config, defaults.rope_theta, defaults.scale_sliding)
-        ends = config.get("eos_token_id")
-        return cls(
-            model_type=model_type,
-            vocab_size=size("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=size("intermediate_size"),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=config.get("rms_norm_eps", defaults.rms_norm_eps),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_position_embeddings=size("max_position_embeddings", 32_768),
-            layer_types=types,
-            sliding_window=window if "sliding_attention" in types else None,
-            rope=ropes["full_attention"],
-            sliding_rope=ropes["sliding_attention"]
-            if "sliding_attention" in types
-            else ropes["full_attention"],
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_id=tuple(ends) if isinstance(ends, list | tuple) else ends,
-            pad_token_id=config.get("pad_token_id"),
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        """A `config.json` that `transformers` and `from_hf` read."""
-        config = dataclasses.asdict(self)
-        del config["rope"], config["sliding_rope"]
-        names = {
-            "qwen3": "Qwen3",
-            "qwen2": "Qwen2",
-            "llama": "Llama",
-            "olmo2": "Olmo2",
-            "olmo3": "Olmo3",
-        }
-        config["architectures"] = [f"{names[self.model_type]}ForCausalLM"]
-        config["hidden_act"] = "silu"
-        config["layer_types"] = list(self.layer_types)
-        if isinstance(self.eos_token_id, tuple):
-            config["eos_token_id"] = list(self.eos_token_id)
-        if self.model_type in ("qwen2", "qwen3"):
-            config["use_sliding_window"] = self.sliding_window is not None
-        if self.model_type == "olmo3":
-            config["rope_parameters"] = {
-                "full_attention": self.rope.to_hf(),
-                "sliding_attention": self.sliding_rope.to_hf(),
-            }
-        else:
-            config["rope_parameters"] = self.rope.to_hf()
-            config["rope_theta"] = self.rope.rope_theta  # where transformers 4 looks
-            if self.model_type in ("llama", "olmo2"):
-                del config["layer_types"], config["sliding_window"]
-        return config
-
-
-def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    if config["model_type"] == "olmo3":
-        return config.get("sliding_window", 4096)
-    if config["model_type"] in ("qwen2", "qwen3") and config.get("use_sliding_window"):
-        return config.get("sliding_window", 4096)
-    return None
-
-
-def _layer_types(config: Mapping[str, Any], layers: int, window: int | None) -> tuple[str, ...]:
-    model_type, types = config["model_type"], config.get("layer_types")
-    if model_type in ("llama", "olmo2"):
-        sliding = [False] * layers
-    elif model_type == "olmo3":
-        sliding = [(i + 1) % 4 != 0 for i in range(layers)]
-    else:
-        sliding = [
-            window is not None and i >= config.get("max_window_layers", 28) for i in range(layers)
-        ]
-    if types is None:
-        types = ["sliding_attention" if slides else "full_attention" for slides in sliding]
-    if len(types) != layers or set(types) - set(rope.LAYER_TYPES):
-        raise InputError(
-            f"layer_types: got {types}; must name one of {rope.LAYER_TYPES} for each of {layers} layers"
-        )
-    if "sliding_attention" in types and (not isinstance(window, int) or window < 1):
-        raise InputError(
-            f"sliding_window: got {window!r} in use; sliding_attention layers need a positive width"
-        )
-    return tuple(types)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +30,8 @@ class Options:
     dtype: Any = jnp.bfloat16
     """Type of the computation; parameters keep theirs."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What is computed again in the backward pass: nothing, everything, or all but matrix products."""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """What the backward pass computes again: nothing, everything, or all but matrix products."""
+    attention: Kernel = "auto"
     """Attention kernel of the uncached forward."""
     unroll: bool = False
     """Write the layers out instead of scanning: faster decoding, slower compilation."""
@@ -244,11 +53,11 @@ class Options:
 
 
 class Cache(NamedTuple):
-    """Keys and values of earlier tokens. The order of columns does not matter: `positions` says who is where."""
+    """Keys and values of earlier tokens, in columns whose order does not matter."""
 
     keys: Float[Array, "layer row column kv_head head_dim"]
     values: Float[Array, "layer row column kv_head head_dim"]
-    positions: Int[Array, "row column"]  # -1 = empty
+    positions: Int[Array, "row column"]  # of the token in a column; -1 = empty
 
 
 class Leaf(NamedTuple):
@@ -259,7 +68,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(config: ModelConfig) -> dict[str, Any]:
-    """The parameters: the one table from which shapes, axes, initial values and checkpoint names derive."""
+    """The parameters: one table gives shapes, axes, initial values and checkpoint names."""
     c, arch = config, config.architecture
     depth, hidden, inner = c.num_hidden_layers, c.hidden_size, c.intermediate_size
     heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -316,7 +125,7 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
 
 
 def _initial(name: str, leaf: Leaf, key: Array) -> Array:
-    """Norms one, biases zero, matrices normal with deviation 0.02 (transformers' `initializer_range`)."""
+    """Norms one, biases zero, matrices normal with deviation 0.02, as transformers has it."""
     if name.endswith("norm"):
         return jnp.ones(leaf.shape, jnp.float32)
     if name.endswith("bias"):
@@ -325,7 +134,7 @@ def _initial(name: str, leaf: Leaf, key: Array) -> Array:
 
 
 class Decoder(nnx.Module):
-    """The language model; see `make_graphdef` and `init` for how it becomes a plain tree of arrays."""
+    """The language model; `make_graphdef` and `init` turn it into a plain tree of arrays."""
 
     def __init__(self, config: ModelConfig, options: Options = Options(), *, rngs: nnx.Rngs):
         self.config = config
@@ -342,7 +151,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "row time"], mask: Bool[Array, "row time"] | None = None
     ) -> Float[Array, "row time vocab"]:
-        """Float32 logits of the next token. `mask` is True at tokens; padding may stand anywhere."""
+        """Float32 logits of the next token; `mask` as in `hidden`."""
         return self.logits(self.hidden(tokens, mask))
 
     def head(self) -> Float[Array, "vocab hidden"]:
@@ -361,16 +170,17 @@ class Decoder(nnx.Module):
     def hidden(
         self, tokens: Int[Array, "row time"], mask: Bool[Array, "row time"] | None = None
     ) -> Float[Array, "row time hidden"]:
-        """Hidden states after the final norm, in the compute type; finite but meaningless at padding.
+        """Hidden states after the final norm, in the compute type; finite and meaningless at padding.
 
         Args:
           tokens: `[row, time]`.
-          mask: True at tokens, False at padding, which may stand anywhere; None = no padding. Positions count tokens only.
+          mask: True at tokens, False at padding, which may stand anywhere; None = no padding.
+            Positions count tokens only.
         """
         order = None
         if mask is not None:
-            # With its tokens moved to the front, a row needs no mask but the causal one: no query is without keys, and
-            # every kernel can be used.
+            # With its tokens moved to the front, a row needs no mask but the causal one: no query
+            # is without keys, and every kernel can be used.
             order = jnp.argsort(~mask, axis=1, stable=True)
             tokens = jnp.take_along_axis(tokens, order, axis=1)
         ropes = self._ropes(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :])
@@ -378,7 +188,11 @@ class Decoder(nnx.Module):
         def layer(kind: str, weights: dict[str, Array], x: Array) -> Array:
             query, key, value = self._project(weights, x, ropes[kind])
             window = self.config.sliding_window if kind == "sliding_attention" else None
-            return self._finish(weights, x, attend(query, key, value, window, self.options))
+            options = self.options
+            attended = attend(
+                query, key, value, window=window, kernel=options.attention, mesh=options.mesh
+            )
+            return self._finish(weights, x, attended)
 
         def step(kind: str, index: Any, weights: dict[str, Array], x: Array) -> Array:
             return self._remat(functools.partial(layer, kind))(weights, x)
@@ -387,6 +201,22 @@ class Decoder(nnx.Module):
         if order is not None:
             x = jnp.take_along_axis(x, jnp.argsort(order, axis=1)[:, :, None], axis=1)
         return x
+
+    def response_hidden(
+        self,
+        prompts: Int[Array, "row prompt_time"],
+        prompt_mask: Bool[Array, "row prompt_time"],
+        responses: Int[Array, "row time"],
+        response_mask: Bool[Array, "row time"],
+    ) -> Float[Array, "row time hidden"]:
+        """Hidden states that predict each response token after a left-padded prompt.
+
+        Response token t is predicted at the column before it; prompts end in the last column, so
+        the response begins at one column in every row, however long the prompts are.
+        """
+        tokens = jnp.concatenate([prompts, responses], axis=1)
+        mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
+        return self.hidden(tokens, mask)[:, prompts.shape[1] - 1 : -1]
 
     def init_cache(self, rows: int, columns: int, dtype: Any = None) -> Cache:
         """An empty cache; `dtype` is that of keys and values (None: the compute type)."""
@@ -410,17 +240,18 @@ class Decoder(nnx.Module):
         cache: Cache,
         column: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "row time hidden"], Cache]:
-        """Writes tokens into the cache and returns their hidden states: prefill, or one step of decoding.
+        """Writes tokens into the cache and returns their hidden states: prefill, or a decoding step.
 
         Args:
           tokens: `[row, time]`, the new tokens.
-          positions: `[row, time]`, their positions, -1 at padding. A token sees the keys of the cache (and of the other new
-            tokens) at positions from 0 to its own, wherever they are stored.
+          positions: `[row, time]`, their positions, -1 at padding. A token sees the keys (old and
+            new) at positions from 0 to its own, in whatever column they are.
           cache: Keys and values so far.
           column: Where the new keys are written: `[column, column + time)`, the same for every row.
 
         Returns:
-          Hidden states after the final norm `[row, time, hidden]` (finite but meaningless at padding), and the cache.
+          Hidden states after the final norm `[row, time, hidden]` (finite and meaningless at
+          padding), and the cache.
         """
         seen = lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (0, column))
         ropes = self._ropes(jnp.maximum(positions, 0))
@@ -442,11 +273,8 @@ class Decoder(nnx.Module):
                 lax.dynamic_index_in_dim(stored, index, keepdims=False).astype(query.dtype)
                 for stored in (keys, values)
             )
-            x = self._finish(
-                weights,
-                x,
-                jax.nn.dot_product_attention(query, key, value, mask=masks[kind][:, None]),
-            )
+            attended = attend_cached(query, key, value, masks[kind])
+            x = self._finish(weights, x, attended)
             return x, keys, values
 
         x, keys, values = self._through_layers(
@@ -512,7 +340,7 @@ class Decoder(nnx.Module):
         return _norm(x, self.norm[...], self.config.rms_norm_eps)
 
     def _period(self) -> int:
-        """Layers written out in one step of the scan: the period of the kinds of layers, or all of them."""
+        """Layers written out in one step of the scan: until their kinds repeat, or all."""
         kinds = self.config.layer_types
         if self.options.unroll:
             return len(kinds)
@@ -531,7 +359,7 @@ class Decoder(nnx.Module):
 
         def group(carry: Any, inputs: tuple[Any, dict[str, Array]]) -> tuple[Any, None]:
             first, stacked = inputs
-            # The gradient of a split is one concatenation, that of `period` slices as many additions of whole arrays.
+            # The gradient of a split is one concatenation, that of slices many sums of whole arrays.
             parts = {name: lax.split(array, (1,) * period) for name, array in stacked.items()}
             for i in range(period):
                 carry = step(
@@ -561,7 +389,7 @@ class Decoder(nnx.Module):
 
 
 def _norm(x: Array, weight: Array, eps: float) -> Array:
-    """RMS norm over the axes of `weight` (the last ones), in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    """RMS norm (arXiv 1910.07467) over the axes of `weight`, the last ones, in float32."""
     y = x.astype(jnp.float32)
     axes = tuple(range(-weight.ndim, 0))
     y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + eps)
@@ -570,32 +398,8 @@ def _norm(x: Array, weight: Array, eps: float) -> Array:
     ).astype(x.dtype)
 
 
-def attend(query: Array, key: Array, value: Array, window: int | None, options: Options) -> Array:
-    """Causal attention of whole rows whose tokens stand at the front.
-
-    Args:
-      query: `[row, time, head, head_dim]`.
-      key: `[row, time, kv_head, head_dim]`; value the same.
-      window: A token sees itself and `window - 1` tokens before it; None = all.
-      options: Which kernel.
-
-    Returns:
-      `[row, time, head, head_dim]`.
-    """
-    kernel = options.attention
-    if kernel == "auto":
-        on_gpu = jax.default_backend() == "gpu" and options.dtype in (jnp.bfloat16, jnp.float16)
-        kernel = (
-            "cudnn" if on_gpu and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128 else "xla"
-        )
-    local = None if window is None else (window - 1, 0)
-    return jax.nn.dot_product_attention(
-        query, key, value, is_causal=True, local_window_size=local, implementation=kernel
-    )
-
-
 def _constrain(x: Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> Array:
-    """Keeps rows where the batch is split, so that the partitioner gathers weights and not activations."""
+    """Keeps the batch split, so that the partitioner gathers weights and not activations."""
     context = jax.sharding.get_abstract_mesh()
     if mesh is None or AxisType.Manual in context.axis_types:
         return x

@@ -1,7 +1,7 @@
 """Rotary position embeddings: the settings of a checkpoint, their three layouts, and the rotation.
 
-Su et al., "RoFormer" (arXiv 2104.09864); YaRN: Peng et al. (arXiv 2309.00071); `llama3` scaling as in
-Meta's Llama 3.1 release. Frequencies equal those of Hugging Face `transformers`.
+Su et al., "RoFormer" (arXiv 2104.09864); YaRN: Peng et al. (arXiv 2309.00071); `llama3` scaling as
+in Meta's Llama 3.1 release. Frequencies equal those of Hugging Face `transformers`.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """RoPE settings of one kind of layer, under the names Hugging Face gives them; None = not set."""
+    """RoPE settings of one kind of layer, under Hugging Face's names; None = not set."""
 
     rope_type: str = "default"
     rope_theta: float = 10_000.0
@@ -61,19 +61,21 @@ class Rope:
 def read(config: Mapping[str, Any], default_theta: float, scale_sliding: bool) -> dict[str, Rope]:
     """Reads a Hugging Face configuration in any of its layouts.
 
-    The layouts are `rope_theta` with `rope_scaling`; a flat `rope_parameters`; and `rope_parameters` nested by
-    layer type. The type is called `rope_type` or `type`.
+    The layouts are `rope_theta` with `rope_scaling`; a flat `rope_parameters`; and
+    `rope_parameters` nested by layer type. The type is called `rope_type` or `type`.
 
     Args:
       config: The parsed `config.json`.
       default_theta: The base where the configuration states none.
-      scale_sliding: Whether a scaling that is not nested also holds for sliding layers (not in OLMo 3).
+      scale_sliding: Whether a scaling that is not nested also holds for sliding layers (it does
+        not in OLMo 3).
 
     Returns:
       The settings for `full_attention` and for `sliding_attention` layers.
 
     Raises:
-      InputError: An unknown type, a setting that its type does not read, a missing or contradictory one.
+      InputError: An unknown type, a setting that its type does not read, a missing or
+        contradictory one.
     """
     theta = config.get("rope_theta")
     nested: dict[str, Any] = {}
@@ -95,7 +97,7 @@ def read(config: Mapping[str, Any], default_theta: float, scale_sliding: bool) -
         for key, item in found.items():
             if nested.get(key, item) != item:
                 raise InputError(
-                    f"{name}: got {item}; contradicts rope_parameters {nested[key]}: remove one of them"
+                    f"{name}: got {item} beside rope_parameters {nested[key]}; remove one of them"
                 )
             nested[key] = item
     ropes = {}
@@ -125,12 +127,13 @@ def _parse(
         settings.pop("partial_rotary_factor")
     if theta is not None and settings.setdefault("rope_theta", theta) != theta:
         raise InputError(
-            f"rope_theta: got {theta} and, for {layer_type}, {settings['rope_theta']}; remove one of them"
+            f"rope_theta: got {theta} and {settings['rope_theta']} ({layer_type}); remove one of them"
         )
     settings.setdefault("rope_theta", default_theta)
     if unused := settings.keys() - SETTINGS[rope_type]:
         raise InputError(
-            f"rope_parameters: got {sorted(unused)}; rope_type {rope_type!r} reads only {sorted(SETTINGS[rope_type])}"
+            f"rope_parameters: got {sorted(unused)}; rope_type {rope_type!r} reads only "
+            f"{sorted(SETTINGS[rope_type])}"
         )
     if missing := REQUIRED[rope_type] - settings.keys():
         raise InputError(
@@ -147,68 +150,59 @@ def _parse(
 
 
 def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
-    """Angles per position, float32 `[head_dim / 2]` in radians, and the factor on cosine and sine."""
+    """Radians per position, float32 `[head_dim / 2]`, and the factor on cosine and sine."""
     inverse = rope.rope_theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    scale = 1.0
+    settings, scale = dataclasses.asdict(rope), 1.0
     if rope.rope_type == "linear":
-        assert rope.factor is not None
-        inverse = inverse / rope.factor
+        inverse = inverse / settings["factor"]
     elif rope.rope_type == "llama3":
-        inverse = _llama3(rope, inverse)
+        inverse = _llama3(settings, inverse)
     elif rope.rope_type == "yarn":
-        inverse, scale = _yarn(rope, inverse, head_dim)
+        inverse, scale = _yarn(settings, inverse, head_dim)
     return inverse.astype(np.float32), scale
 
 
-def _llama3(rope: Rope, inverse: np.ndarray) -> np.ndarray:
+def _llama3(settings: Mapping[str, Any], inverse: np.ndarray) -> np.ndarray:
     """Slow rotations are slowed by `factor`, fast ones kept, those between interpolated."""
-    assert (
-        rope.original_max_position_embeddings
-        and rope.factor
-        and rope.low_freq_factor
-        and rope.high_freq_factor
-    )
-    turns = (
-        rope.original_max_position_embeddings * inverse / (2 * np.pi)
-    )  # within the original context
-    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    smooth = np.clip(smooth, 0, 1)
-    return (1 - smooth) * inverse / rope.factor + smooth * inverse
+    low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+    turns = settings["original_max_position_embeddings"] * inverse / (2 * np.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - smooth) * inverse / settings["factor"] + smooth * inverse
 
 
-def _yarn(rope: Rope, inverse: np.ndarray, head_dim: int) -> tuple[np.ndarray, float]:
-    """As `_llama3`, interpolated over the dimension instead of the number of turns, with a temperature."""
-    assert rope.original_max_position_embeddings and rope.factor
+def _yarn(
+    settings: Mapping[str, Any], inverse: np.ndarray, head_dim: int
+) -> tuple[np.ndarray, float]:
+    """As `_llama3`, but interpolated over the dimension, and with a temperature."""
+    factor, attention_factor = settings["factor"], settings["attention_factor"]
 
     def dimension(turns: float) -> float:
-        assert rope.original_max_position_embeddings
-        ratio = rope.original_max_position_embeddings / (turns * 2 * math.pi)
-        return head_dim * math.log(ratio) / (2 * math.log(rope.rope_theta))
+        ratio = settings["original_max_position_embeddings"] / (turns * 2 * math.pi)
+        return head_dim * math.log(ratio) / (2 * math.log(settings["rope_theta"]))
 
-    low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
-    if rope.truncate is not False:
+    low, high = dimension(settings["beta_fast"] or 32), dimension(settings["beta_slow"] or 1)
+    if settings["truncate"] is not False:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001  # as transformers: no division by zero
     ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
-    inverse = inverse / rope.factor * ramp + inverse * (1 - ramp)
+    inverse = inverse / factor * ramp + inverse * (1 - ramp)
 
     def temperature(weight: float) -> float:
-        assert rope.factor
-        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    if rope.attention_factor is not None:
-        return inverse, rope.attention_factor
-    if rope.mscale and rope.mscale_all_dim:
-        return inverse, temperature(rope.mscale) / temperature(rope.mscale_all_dim)
+    if attention_factor is not None:
+        return inverse, attention_factor
+    if settings["mscale"] and settings["mscale_all_dim"]:
+        return inverse, temperature(settings["mscale"]) / temperature(settings["mscale_all_dim"])
     return inverse, temperature(1.0)
 
 
 def table(
     rope: Rope, head_dim: int, positions: Int[Array, "row time"]
 ) -> tuple[Float[Array, "row time half"], Float[Array, "row time half"]]:
-    """Cosine and sine, float32 `[row, time, head_dim / 2]`, of token positions `[row, time]` (row may be 1)."""
+    """Cosine and sine, float32 `[row, time, head_dim / 2]`, of positions `[row, time]`."""
     inverse, scale = frequencies(rope, head_dim)
     angles = positions.astype(jnp.float32)[..., None] * inverse[None, None, :]
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
@@ -219,7 +213,7 @@ def rotate(
     cos: Float[Array, "row time half"],
     sin: Float[Array, "row time half"],
 ) -> Float[Array, "row time heads head_dim"]:
-    """Turns the pairs (i, i + head_dim / 2) of every head, in float32; the result has the type of `x`."""
+    """Turns the pairs (i, i + head_dim / 2) of every head in float32; the type of `x` stays."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate(
