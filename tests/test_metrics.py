@@ -1,0 +1,236 @@
+"""The files a run leaves, what goes to trackers, and what its user reads."""
+
+import json
+import math
+import sys
+import types
+
+import draccus
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pgpo_jax.errors import InputError
+from pgpo_jax.metrics import MetricsConfig, Writer
+
+EVERY_LINE = MetricsConfig(log_seconds=0)
+
+
+def read(path):
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def sample(prompt, reward=1.0, response="42"):
+    return {"prompt": prompt, "response": response, "reward": reward, "teacher_prompt": "..."}
+
+
+def test_a_row_is_on_disk_at_once_with_its_step(tmp_path):
+    with Writer(tmp_path, total_steps=2) as writer:
+        row = {"loss": jnp.float32(0.5), "reward/mean": np.float64(0.25), "count": np.int32(3)}
+        writer.write(1, row)
+        assert read(tmp_path / "metrics.jsonl") == [
+            {"step": 1, "loss": 0.5, "reward/mean": 0.25, "count": 3}
+        ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, jnp.float32(math.nan)])
+def test_what_is_not_finite_is_null_and_warned_about(tmp_path, capsys, value):
+    with Writer(tmp_path, total_steps=2) as writer:
+        warnings = writer.write(1, {"loss": 0.5, "information": value})
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "information": None}]
+    assert len(warnings) == 1
+    assert "warning: step 1: loss, information or gradient is not finite" in capsys.readouterr().out
+
+
+def test_a_resumed_run_drops_later_rows_and_appends(tmp_path):
+    with Writer(tmp_path, total_steps=4) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": float(step)})
+            writer.samples(step, [sample("a"), sample("b")])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed in the middle of a line
+    with Writer(tmp_path, total_steps=4, resume_from=2) as writer:
+        writer.write(3, {"loss": 30.0})
+        writer.samples(3, [sample("c")])
+    rows = read(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    rows = read(tmp_path / "samples.jsonl")
+    assert [(row["step"], row["prompt"]) for row in rows] == [
+        (1, "a"), (1, "b"), (2, "a"), (2, "b"), (3, "c"),
+    ]  # fmt: skip
+
+
+def test_resuming_before_any_row_keeps_what_step_zero_measured(tmp_path):
+    with Writer(tmp_path, total_steps=4) as writer:
+        writer.write(0, {"eval/avg@16": 0.25})
+        writer.write(1, {"loss": 1.0})
+    with Writer(tmp_path, total_steps=4, resume_from=0):
+        pass
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 0, "eval/avg@16": 0.25}]
+
+
+def test_a_new_run_starts_its_files_anew(tmp_path):
+    for _ in range(2):
+        with Writer(tmp_path, total_steps=1) as writer:
+            writer.write(1, {"loss": 1.0})
+    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_samples_are_of_different_questions_first(tmp_path):
+    with Writer(tmp_path, MetricsConfig(samples_per_step=3), total_steps=1) as writer:
+        writer.samples(
+            1, [sample("a", 0.0), sample("a", 1.0), sample("b"), sample("b"), sample("c")]
+        )
+        writer.samples(2, [sample("a", 0.0), sample("a", 1.0), sample("b")])
+    rows = read(tmp_path / "samples.jsonl")
+    assert [row["prompt"] for row in rows] == ["a", "b", "c", "a", "b", "a"]
+    assert rows[0] == {"step": 1, **sample("a", 0.0)}
+
+
+def test_any_text_can_be_a_sample(tmp_path):
+    text = 'quote " newline \n line separator \u2028 Greek \u03c1 lone surrogate \ud800'
+    with Writer(tmp_path, total_steps=1) as writer:
+        writer.samples(1, [sample(text)])
+    (row,) = read(tmp_path / "samples.jsonl")
+    assert row["prompt"] == text.replace("\ud800", "?")
+
+
+def test_an_inactive_writer_writes_and_says_nothing(tmp_path, capsys):
+    folder = tmp_path / "other_host"
+    with Writer(folder, total_steps=1, active=False) as writer:
+        assert writer.write(1, {"loss": math.nan}) == []
+        writer.samples(1, [sample("a")])
+        writer.progress("train", 1, 1)
+        writer.table("title", [{"question": "a"}])
+        writer.warn("text")
+    assert not folder.exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_without_a_terminal_progress_is_plain_lines_with_the_time_left(tmp_path, capsys):
+    with Writer(tmp_path, EVERY_LINE, total_steps=3) as writer:
+        writer.write(0, {"eval/avg@16": 0.25})
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 0.5, "information": 0.25, "multiplier": 1.28})
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "step 0: avg@16 25.0%"
+    assert lines[0] == "train 1/3: loss 0.5000 information 0.250 multiplier 1.28"
+    assert lines[1].startswith("train 2/3: loss")
+    assert lines[1].endswith("s a step, 0:00:00 left")
+    assert lines[2] == "train 3/3: loss 0.5000 information 0.250 multiplier 1.28"
+
+
+def test_lines_come_every_so_often_and_at_the_end(tmp_path, capsys):
+    with Writer(tmp_path, MetricsConfig(log_seconds=3600), total_steps=9) as writer:
+        for step in range(1, 10):
+            writer.write(step, {"loss": 0.5})
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "train 1/9",
+        "train 9/9",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_a_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    with Writer(tmp_path, MetricsConfig(samples_shown_every=1), total_steps=2) as writer:
+        writer.progress("warm start", 5, 10, {"loss": 0.5})
+        for step in (1, 2):
+            writer.write(step, {"loss": 0.25})
+            writer.samples(step, [sample(f"[red]{step}+1="), sample("7+1=", 0.0)])
+        writer.warn("rewards are flat")
+    out = capsys.readouterr().out
+    for text in ("warm start", "train", "2/2", "loss 0.2500", "[red]1+1=", "warning: rewards"):
+        assert text in out
+
+
+def test_a_table_without_a_terminal_is_plain_lines(tmp_path, capsys):
+    with Writer(tmp_path, total_steps=2) as writer:
+        writer.table("answers", [{"question": "1+1=", "before": "3\n", "after": 2.0}])
+        writer.table("nothing", [])
+    assert capsys.readouterr().out == "answers (question | before | after)\n  1+1= | 3 | 2\n"
+
+
+def test_samples_are_shown_now_and_then(tmp_path, capsys):
+    config = MetricsConfig(samples_shown=1, samples_shown_every=2)
+    with Writer(tmp_path, config, total_steps=4) as writer:
+        for step in (1, 2, 3):
+            writer.samples(step, [sample("x" * 1000), sample("b")])
+    title, line = capsys.readouterr().out.splitlines()
+    assert title == "samples of step 2 (prompt | response | reward)"
+    assert line.endswith("| 42 | 1")
+    assert len(line) < 400
+    assert " ... " in line
+
+
+def fake_modules(calls):
+    """Stand-ins for the trackers' packages, which take an account or a server."""
+
+    def record(name):
+        def call(*args, **named):
+            calls.append((name, args, named))
+            return session
+
+        return call
+
+    session = types.SimpleNamespace(
+        log=record("log"), finish=record("finish"), add_scalar=record("log"), close=record("finish")
+    )
+    module = types.SimpleNamespace(
+        init=record("init"),
+        SummaryWriter=record("init"),
+        log=record("log"),
+        finish=record("finish"),
+    )
+    return module
+
+
+@pytest.mark.parametrize(
+    ("tracker", "module"),
+    [("wandb", "wandb"), ("tensorboard", "tensorboardX"), ("trackio", "trackio")],
+)
+def test_a_tracker_gets_the_finite_numbers(tmp_path, monkeypatch, tracker, module):
+    calls = []
+    monkeypatch.setitem(sys.modules, module, fake_modules(calls))
+    config = MetricsConfig(trackers=(tracker, tracker))
+    with Writer(tmp_path, config, total_steps=1, run_config={"seed": 0}) as writer:
+        writer.write(1, {"loss": 0.5, "information": math.nan, "note": "text"})
+    assert [name for name, _, _ in calls] == ["init", "log", "finish"]
+    _, args, named = calls[1]
+    if tracker == "tensorboard":
+        assert args == ("loss", 0.5, 1)
+    else:
+        assert args == ({"loss": 0.5},)
+        assert named == {"step": 1}
+
+
+def test_tensorboard_files_are_written(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the dev extra brings it")
+    with Writer(tmp_path, MetricsConfig(trackers=("tensorboard",)), total_steps=1) as writer:
+        writer.write(1, {"loss": 0.5})
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_missing_tracker_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with Writer(tmp_path, total_steps=1) as writer:
+        writer.write(1, {"loss": 0.5})
+    with pytest.raises(InputError, match=r"metrics\.trackers: got wandb, .* pip install"):
+        Writer(tmp_path, MetricsConfig(trackers=("wandb",)), total_steps=1)
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+
+
+def test_an_output_folder_that_cannot_be_written_is_an_input_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"output_dir: .* cannot be written"):
+        Writer(tmp_path / "file", total_steps=1)
+    with pytest.raises(InputError, match=r"output_dir: got gs://bucket/run; .* a local folder"):
+        Writer("gs://bucket/run", total_steps=1)
+
+
+def test_the_section_is_read_from_yaml():
+    config = draccus.decode(MetricsConfig, {"trackers": ["wandb", "trackio"], "log_seconds": 1})
+    assert config == MetricsConfig(trackers=("wandb", "trackio"), log_seconds=1.0)
+    with pytest.raises(InputError, match=r"metrics\.samples_shown: got -1"):
+        MetricsConfig(samples_shown=-1)
