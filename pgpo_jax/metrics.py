@@ -9,13 +9,14 @@ The console shows progress with the time left (a bar on a terminal, otherwise a 
 often), sample responses, and warnings in plain words (`Watch`).
 """
 
+import contextlib
 import importlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -125,19 +126,16 @@ class Writer:
                 "(checkpoint.path may be a bucket)"
             )
         folder = Path(output_dir)
-        try:
+        with _writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # Before the files are started anew: a tracker that is missing must not cost an old run.
-            for name in dict.fromkeys(self._config.trackers):
-                settings = dict(run_config or {})
-                tracker = TRACKERS[name](self._config, folder.resolve(), settings, resume_from)
-                self._trackers.append(tracker)
+        # Before the files are started anew: a tracker that is missing must not cost an old run.
+        for name in dict.fromkeys(self._config.trackers):
+            settings = dict(run_config or {})
+            tracker = TRACKERS[name](self._config, folder.resolve(), settings, resume_from)
+            self._trackers.append(tracker)
+        with _writable(folder):
             self._metrics = _open(folder / "metrics.jsonl", resume_from)
             self._samples = _open(folder / "samples.jsonl", resume_from)
-        except OSError as error:
-            raise InputError(
-                f"output_dir: {folder} cannot be written ({error}); give a folder of your own"
-            ) from error
 
     def __enter__(self) -> "Writer":
         return self
@@ -349,6 +347,16 @@ def _make_progress(console: Console) -> Progress:
         refresh_per_second=2,
         speed_estimate_period=3600,  # a step may take minutes
     )
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"output_dir: {folder} cannot be written ({error}); give a folder of your own"
+        ) from error
 
 
 def _open(path: Path, resume_from: int | None) -> Any:
