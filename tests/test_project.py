@@ -1,6 +1,5 @@
 """What holds for the project as a whole: layers, start-up, dependencies, versions, configs."""
 
-import importlib.metadata
 import re
 import subprocess
 import sys
@@ -59,8 +58,9 @@ def test_the_public_names_exist():
 
 
 def test_the_version_is_stated_once():
-    assert importlib.metadata.version("pgpo_jax") == pgpo_jax.__version__
-    assert f"## [{pgpo_jax.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", pgpo_jax.__version__)
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "pgpo_jax.__version__"
 
 
 def test_hooks_pin_the_versions_of_the_dev_extra():
