@@ -80,6 +80,9 @@ class DataConfig:
     questions_per_step: int = 32
     """Questions in a step; each gets `sampling.num_samples` responses."""
 
+    micro_batches: int = 1
+    """Parts that a step's rows are worked through in, to save memory; changes no number."""
+
     max_prompt_length: int = 2048
     """Longest question prompt in tokens; a longer one is an error, never cut."""
 
@@ -87,7 +90,7 @@ class DataConfig:
     """Options of the tokenizer's chat template, e.g. `{enable_thinking: false}` for Qwen3."""
 
     def __post_init__(self) -> None:
-        for name in ("questions_per_step", "max_prompt_length"):
+        for name in ("questions_per_step", "micro_batches", "max_prompt_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name}: got {getattr(self, name)}, must be at least 1")
 

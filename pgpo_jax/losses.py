@@ -36,6 +36,8 @@ class DistillationConfig:
         "entropy_gap"
     )
     """What the multiplier reads as the information I."""
+    ema_rate: float = 0.05
+    """The teacher moves by this part of its distance to the student after every step."""
     chunk_size: int = 256
     """Response tokens (per device) whose logits exist at a time in the vocabulary pass."""
 
@@ -53,6 +55,7 @@ class DistillationConfig:
                 self.importance_cap is None or self.importance_cap > 0,
                 "positive, or null",
             ),
+            ema_rate=(0 <= self.ema_rate <= 1, "in [0, 1]"),
             chunk_size=(self.chunk_size >= 1, "at least 1"),
         )
 

@@ -51,6 +51,10 @@ class MetricsConfig:
     """The project's name in a tracker."""
     name: str | None = None
     """The run's name in a tracker; null is the name of the output folder."""
+    estimators: tuple[
+        Literal["entropy_gap", "conditional_kl", "jensen_shannon", "pointwise"], ...
+    ] = ()
+    """Further estimates of the information to log, besides the one that the multiplier reads."""
     log_seconds: float = 10.0
     """Seconds between progress lines where stdout is not a terminal; 0 prints every step."""
     samples_per_step: int = 8

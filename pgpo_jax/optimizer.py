@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pgpo_jax.errors import require
@@ -159,6 +160,30 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     return optax.chain(*clip, adamw, multiplier)
 
 
-def multiplier(opt_state) -> Float[Array, ""]:
-    """The multiplier of the last update, from the state of an optimizer that holds `scale_by_information`."""
-    return optax.tree.get(opt_state, "multiplier")
+def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """Where the optimizer's state lives: moments with their parameters, counters everywhere.
+
+    Args:
+      optimizer: Any optax transformation.
+      params: Sharded arrays, or `jax.ShapeDtypeStruct` with shardings, on one mesh.
+    """
+    where = jax.tree.map(lambda p: p.sharding, params)
+    everywhere = NamedSharding(jax.tree.leaves(where)[0].mesh, PartitionSpec())
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        where,
+        transform_non_params=lambda _: everywhere,
+    )
+
+
+def init_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """The optimizer's first state, made where it will live (zeros do not inherit a sharding)."""
+    return jax.jit(optimizer.init, out_shardings=state_shardings(optimizer, params))(params)
+
+
+def information_state(opt_state: Any) -> ScaleByInformationState:
+    """The `ScaleByInformationState` inside the state of an optimizer that holds one."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, ScaleByInformationState))
+    return next(leaf for leaf in leaves if isinstance(leaf, ScaleByInformationState))

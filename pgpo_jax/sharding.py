@@ -252,6 +252,30 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def place(tree: Any, where: NamedSharding) -> Any:
+    """Global arrays from whole arrays that every host holds alike."""
+
+    def put(whole):
+        whole = np.asarray(jax.device_get(whole))
+        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+    return jax.tree.map(put, tree)
+
+
+def gather_rows(rows: np.ndarray, count: int) -> np.ndarray:
+    """The rows of all hosts in order, on every host; `count` in all, split as by `host_rows`."""
+    if jax.process_count() == 1:
+        return rows
+    most = -(-count // jax.process_count())
+    padded = np.zeros((most, *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    parts = np.asarray(multihost_utils.process_allgather(padded))
+    sizes = [_rows_of(process, count) for process in range(jax.process_count())]
+    return np.concatenate(
+        [part[: size.stop - size.start] for part, size in zip(parts, sizes, strict=True)]
+    )
+
+
 def agree_max(values: Sequence[int]) -> list[int]:
     """Element-wise largest over the hosts, so that all choose the same bucketed lengths."""
     if jax.process_count() == 1:

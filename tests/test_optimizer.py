@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pgpo_jax import OptimizerConfig, make_optimizer, scale_by_information
 from pgpo_jax.errors import InputError
-from pgpo_jax.optimizer import learning_rate, multiplier
+from pgpo_jax.optimizer import information_state, learning_rate
 
 PARAMS = {"a": jnp.linspace(-1.0, 1.0, 8), "b": {"c": jnp.ones((2, 3), jnp.bfloat16)}}
 GRADS = jax.tree.map(lambda p: (p * 3 + 0.5).astype(p.dtype), PARAMS)
@@ -224,7 +224,7 @@ def test_first_update_of_the_warm_up_is_zero_and_the_multiplier_can_be_read():
     optimizer = make_optimizer(OptimizerConfig(alpha=1.0, learning_rate=1e-2, warmup_steps=10))
     params, state, _ = run(optimizer, 0.2, steps=1)
     chex.assert_trees_all_equal(params, PARAMS)
-    np.testing.assert_allclose(multiplier(state), np.exp(0.2), rtol=1e-6)
+    np.testing.assert_allclose(information_state(state).multiplier, np.exp(0.2), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,474 @@
+"""Trains a student to follow its own teacher: `python -m pgpo_jax.train CONFIG`.
+
+One step: the student answers questions, the answers are verified, the teacher (an average of the
+student's past) is shown a successful sibling answer, and one jitted function (`step.py`) moves the
+student towards what the teacher would have said.
+"""
+
+import dataclasses
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import yaml
+from flax import nnx
+from jax.sharding import Mesh
+
+from pgpo_jax import config as config_module
+from pgpo_jax import data, hf, sampler, sharding, tasks
+from pgpo_jax.checkpoint import Checkpoints
+from pgpo_jax.config import Config
+from pgpo_jax.data import Contexts, Rollouts
+from pgpo_jax.errors import InputError, command
+from pgpo_jax.evaluate import answer, evaluate, verify
+from pgpo_jax.metrics import Writer
+from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
+from pgpo_jax.reprompt import reprompt, resolve_templates
+from pgpo_jax.rollout import rollout
+from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
+from pgpo_jax.tasks import Question, Task
+from pgpo_jax.verifiers import Outcome
+from pgpo_jax.warm_start import warm_start
+
+STOPPED = 75
+"""Exit code after a signal: the state is saved, the same command goes on (EX_TEMPFAIL)."""
+MOST_BROKEN_STEPS = 10
+"""So many updates in a row without finite gradients end the run."""
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """What a configuration names, loaded."""
+
+    mesh: Mesh
+    task: Task
+    graphdef: nnx.GraphDef
+    params: Any
+    tokenizer: Any
+    sampling: sampler.SamplingConfig
+    """The sampling section with the model's end tokens."""
+
+
+def load_run(config: Config) -> Run:
+    """Joins the other processes, arranges the devices, loads task, model and tokenizer."""
+    sharding.initialize(config.distributed)
+    mesh = sharding.make_mesh(config.mesh)
+    task = tasks.load(config.task)
+    graphdef, params, tokenizer = hf.from_section(config.model, mesh, jax.random.key(config.seed))
+    tokenizer = tokenizer or task.tokenizer
+    if tokenizer is None:
+        raise InputError(
+            f"model.path: got none; task {task.name} brings no tokenizer, so give a checkpoint"
+        )
+    sampling = config.sampling
+    if not sampling.end_tokens:
+        ends = hf.end_tokens(config.model.path, tokenizer)
+        sampling = dataclasses.replace(sampling, end_tokens=ends)
+    return Run(mesh, task, graphdef, params, tokenizer, sampling)
+
+
+def checkpoint_folder(config: Config) -> str:
+    """Where the checkpoints of a run are."""
+    return config.checkpoint.path or os.path.join(config.output_dir, "checkpoints")
+
+
+def train(config: Config) -> int:
+    """Runs, or resumes, a run; returns the exit code."""
+    stopping = _stop_on_signals()
+    run = load_run(config)
+    _check_rows(config, run.mesh)
+    _claim_folder(config)
+    optimizer = make_optimizer(config.optimizer)
+    shardings = train_state_shardings(run.params, optimizer)
+    train_step = make_train_step(
+        run.graphdef,
+        optimizer,
+        config.distillation,
+        shardings,
+        micro_batches=config.data.micro_batches,
+        vocab_size=len(run.tokenizer),
+        estimators=config.metrics.estimators,
+    )
+    rates = learning_rate(config.optimizer)
+    step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
+    batch_indices = functools.partial(
+        data.batch_indices,
+        config.seed,
+        total=len(run.task.train),
+        questions_per_step=config.data.questions_per_step,
+    )
+    batch_indices(step=0)  # too few questions are found now, not after the warm start
+    templates = resolve_templates(config.reprompt, run.task.templates)
+
+    with Checkpoints(checkpoint_folder(config), keep=config.checkpoint.keep) as checkpoints:
+        resumed = checkpoints.latest_step()
+        writer = Writer(
+            config.output_dir,
+            config.metrics,
+            total_steps=config.steps,
+            resume_from=resumed,
+            run_config=dataclasses.asdict(config),
+            active=sharding.is_main(),
+        )
+        with writer:
+            writer.say(_describe(config, run))
+            if resumed is None:
+                params = run.params
+                if config.warm_start.steps:
+                    params = warm_start(
+                        run.graphdef,
+                        params,
+                        run.task,
+                        run.tokenizer,
+                        config.seed,
+                        config.warm_start,
+                        config.data,
+                        templates,
+                        run.mesh,
+                        lambda done, loss: writer.progress(
+                            "warm start", done, config.warm_start.steps, {"loss": loss}
+                        ),
+                    )
+                state, evaluated = init_train_state(params, optimizer), -1
+            else:
+                state, saved = checkpoints.restore(init_train_state(run.params, optimizer))
+                evaluated = saved["evaluated"]
+                writer.say(f"resumed at step {resumed} from {checkpoint_folder(config)}")
+            run = run._replace(params=None)  # the state holds them now, and donates them
+            broken = 0
+
+            while True:
+                step = int(state.step)
+                if step != evaluated and _is_due(config, step) and not stopping():
+                    _evaluate(
+                        config,
+                        run,
+                        state.student,
+                        evaluation_key,
+                        step,
+                        templates,
+                        writer,
+                        checkpoints,
+                    )
+                    evaluated = step
+                stop = stopping()
+                if stop or step == config.steps or (step != resumed and _saves(config, step)):
+                    checkpoints.save(step, state, {"evaluated": evaluated})
+                if stop or step == config.steps:
+                    checkpoints.wait()
+                    break
+
+                started = time.perf_counter()
+                indices = batch_indices(step=step)
+                questions = [
+                    run.task.train[int(i)] for i in indices[sharding.host_rows(len(indices))]
+                ]
+                rollouts = _rollout(
+                    config, run, state.student, questions, jax.random.fold_in(step_key, step)
+                )
+                sampled = time.perf_counter()
+                outcomes = verify(run.task, questions, rollouts.texts)
+                contexts = _reprompt(config, run, questions, rollouts, outcomes, step)
+                prompted = time.perf_counter()
+                batch = sharding.to_global(data.make_batch(rollouts, contexts), run.mesh)
+                lr = float(rates(information_state(state.opt_state).count))
+                state, measured = train_step(state, batch)
+                # Nothing is gained by fetching one step late: the next answers need this student.
+                measured = {name: float(value) for name, value in jax.device_get(measured).items()}
+                ended = time.perf_counter()
+
+                row = _summarise(config, rollouts, outcomes, contexts)
+                tokens = row.pop("tokens")
+                row |= measured | {
+                    "lr": lr,
+                    "time/rollout": sampled - started,
+                    "time/reprompt": prompted - sampled,
+                    "time/train": ended - prompted,
+                    "tokens_per_second/rollout": tokens / (sampled - started),
+                    "tokens_per_second/train": tokens / (ended - prompted),
+                    "compilations": train_step._cache_size() + sampler.compilations(),
+                }
+                writer.write(step + 1, row)
+                writer.samples(step + 1, _records(run, questions, rollouts, outcomes, contexts))
+                broken = 0 if measured["finite"] else broken + 1
+                if broken == MOST_BROKEN_STEPS:
+                    raise RuntimeError(
+                        f"{broken} updates in a row had no finite loss or gradient; the state before "
+                        f"them is kept, last saved in {checkpoint_folder(config)}"
+                    )
+            writer.say(f"{'stopped' if stop else 'done'} at step {step}: {config.output_dir}")
+    return STOPPED if stop else 0
+
+
+# ---- parts of the loop ---------------------------------------------------------------------------
+
+
+def _rollout(
+    config: Config, run: Run, student: Any, questions: Sequence[Question], key: jax.Array
+) -> Rollouts:
+    prompts = data.encode(
+        run.tokenizer,
+        [question.messages for question in questions],
+        max_length=config.data.max_prompt_length,
+        template_options=config.data.template_options,
+        names=[question.key for question in questions],
+    )
+    return rollout(
+        run.graphdef, student, run.tokenizer, prompts, key, run.sampling, config.data, run.mesh
+    )
+
+
+def _reprompt(
+    config: Config,
+    run: Run,
+    questions: Sequence[Question],
+    rollouts: Rollouts,
+    outcomes: Sequence[Sequence[Outcome]],
+    step: int,
+) -> Contexts:
+    contexts = reprompt(
+        questions,
+        rollouts,
+        outcomes,
+        np.random.default_rng([config.seed, step]),
+        config.reprompt,
+        run.tokenizer,
+        run.task.templates,
+        template_options=config.data.template_options,
+    )
+    (width,) = sharding.agree_max([contexts.prompts.shape[1]])
+    prompts, mask = data.widen_left(contexts.prompts, contexts.prompt_mask, width)
+    return contexts._replace(prompts=prompts, prompt_mask=mask)
+
+
+def _evaluate(config, run, student, key, step, templates, writer, checkpoints) -> None:
+    """Scores the held-out questions, keeps the best student, shows a few answers."""
+    started = time.perf_counter()
+    metrics, answered = evaluate(
+        run.graphdef,
+        student,
+        run.task,
+        run.tokenizer,
+        key,
+        config.evaluation,
+        run.sampling,
+        config.data,
+        run.mesh,
+    )
+    metrics["time/evaluate"] = time.perf_counter() - started
+    if step == 0 and config.evaluation.preflight_questions and run.task.demonstration:
+        metrics |= _preflight(config, run, student, key, templates, writer)
+    writer.write(step, metrics)
+    if answered.questions:
+        shown = zip(answered.questions, answered.texts, answered.outcomes, strict=True)
+        writer.table(
+            f"held-out answers at step {step}",
+            [
+                {
+                    "question": question.messages[-1]["content"],
+                    "response": texts[0],
+                    "answer": question.answer,
+                    "reward": outcomes[0].reward,
+                }
+                for question, texts, outcomes in list(shown)[: config.metrics.samples_shown]
+            ],
+        )
+    average = metrics[f"eval/avg@{config.evaluation.num_samples}"]
+    checkpoints.save_best(step, student, average)
+
+
+def _preflight(config, run, student, key, templates, writer) -> dict[str, float]:
+    """Whether the model can use a demonstration: without that its teacher knows no more than it."""
+    questions = run.task.test[: config.evaluation.preflight_questions]
+    shown = {question.key: run.task.demonstration(question) for question in questions}
+    accuracy = {}
+    for name, demonstrations in (("plain", None), ("with_demonstration", shown)):
+        answered = answer(
+            run.graphdef,
+            student,
+            run.task,
+            run.tokenizer,
+            questions,
+            key,
+            config.evaluation,
+            run.sampling,
+            config.data,
+            run.mesh,
+            demonstrations,
+            templates,
+        )
+        rewards = np.array(
+            [[outcome.reward for outcome in group] for group in answered.outcomes], np.float32
+        ).reshape(-1, run.sampling.num_samples)
+        accuracy[f"preflight/{name}"] = float(sharding.gather_rows(rewards, len(questions)).mean())
+    plain, helped = accuracy.values()
+    writer.say(
+        f"pre-flight: {plain:.1%} right without a demonstration in the prompt, {helped:.1%} with one"
+    )
+    if helped <= plain:
+        writer.warn(
+            "the model does not profit from a demonstration, so its teacher knows no more than it "
+            "does; use a larger model or a warm start"
+        )
+    return accuracy
+
+
+def _summarise(
+    config: Config,
+    rollouts: Rollouts,
+    outcomes: Sequence[Sequence[Outcome]],
+    contexts: Contexts,
+) -> dict[str, float]:
+    """Metrics of rewards, groups and lengths, over all hosts."""
+    flat = [outcome for group in outcomes for outcome in group]
+    lengths = rollouts.response_mask.sum(-1).reshape(-1)
+    columns = np.array(
+        [
+            (
+                outcome.reward,
+                outcome.reward >= config.reprompt.threshold,
+                outcome.well_formed,
+                outcome.failed,
+                has_context,
+                length,
+                length >= config.sampling.max_response_length,
+            )
+            for outcome, has_context, length in zip(
+                flat, contexts.has_context, lengths, strict=True
+            )
+        ],
+        np.float32,
+    )
+    samples = config.sampling.num_samples
+    total = config.data.questions_per_step * samples
+    reward, success, well_formed, failed, context, length, clipped = sharding.gather_rows(
+        columns, total
+    ).T
+    return {
+        "reward/mean": float(reward.mean()),
+        "reward/std": float(reward.std()),
+        "reward/failed": float(failed.mean()),
+        "format": float(well_formed.mean()),
+        "success_group_fraction": float(success.reshape(-1, samples).any(-1).mean()),
+        "context_fraction": float(context.mean()),
+        "context_shortened": float(contexts.shortened),
+        "response_length/mean": float(length.mean()),
+        "response_length/max": float(length.max()),
+        "response_length/clip_fraction": float(clipped.mean()),
+        "tokens": float(length.sum()),
+    }
+
+
+def _records(run, questions, rollouts, outcomes, contexts) -> list[dict[str, Any]]:
+    """This host's responses for samples.jsonl, with what the teacher saw."""
+    samples = len(rollouts.texts[0])
+    return [
+        {
+            "key": question.key,
+            "prompt": question.messages[-1]["content"],
+            "response": rollouts.texts[i][j],
+            "answer": question.answer,
+            "reward": outcomes[i][j].reward,
+            "feedback": outcomes[i][j].feedback,
+            "has_context": bool(contexts.has_context[i * samples + j]),
+            "teacher_prompt": contexts.texts[i * samples + j],
+        }
+        for i, question in enumerate(questions)
+        for j in range(samples)
+    ]
+
+
+def _is_due(config: Config, step: int) -> bool:
+    every = config.evaluation.every
+    return every > 0 and (step % every == 0 or step == config.steps)
+
+
+def _saves(config: Config, step: int) -> bool:
+    if step == 0:
+        return config.warm_start.steps > 0  # not to be done again after an interruption
+    return config.checkpoint.every > 0 and step % config.checkpoint.every == 0
+
+
+def _stop_on_signals() -> Callable[[], bool]:
+    """SIGTERM and SIGINT ask the loop to save and end; a second SIGINT interrupts at once.
+
+    Returns:
+      Whether any process was asked; all hosts must call it together and get the same answer.
+    """
+    asked = []
+
+    def ask(number, frame):
+        del frame
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+    return lambda: bool(sharding.agree_max([len(asked)])[0])
+
+
+def _check_rows(config: Config, mesh: Mesh) -> None:
+    """Rows must divide over micro-batches, devices and hosts; found before anything is computed."""
+    parts, hosts = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
+    questions, micro_batches = config.data.questions_per_step, config.data.micro_batches
+    rows = questions * config.sampling.num_samples
+    if questions % hosts or rows % (parts * micro_batches):
+        raise InputError(
+            f"data.questions_per_step: got {questions} (x {config.sampling.num_samples} samples = "
+            f"{rows} rows); must divide by {hosts} hosts, and rows by {parts} devices (data x fsdp)"
+            f" x {micro_batches} micro-batches"
+        )
+
+
+def _claim_folder(config: Config) -> None:
+    """Writes config.yaml; a folder that holds another run is refused, so that nothing is lost."""
+    path = os.path.join(config.output_dir, "config.yaml")
+    free = {"steps", "output_dir", "mesh", "distributed", "metrics", "checkpoint"}
+    text = config_module.dump(config)
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            before = yaml.safe_load(file)
+        now = yaml.safe_load(text)
+        for name in now.keys() - free:
+            if (was := before.get(name)) != now[name]:
+                raise InputError(
+                    f"output_dir: {config.output_dir} holds a run with another {name} ({was}, now "
+                    f"{now[name]}); choose another folder, or delete this one to start anew"
+                )
+    if sharding.is_main():
+        try:
+            os.makedirs(config.output_dir, exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise InputError(
+                f"output_dir: {config.output_dir} cannot be written ({error.strerror})"
+            ) from error
+
+
+def _describe(config: Config, run: Run) -> str:
+    size = sum(leaf.size for leaf in jax.tree.leaves(run.params))
+    shape = " x ".join(f"{name} {count}" for name, count in run.mesh.shape.items())
+    device = run.mesh.devices.flat[0].device_kind
+    return (
+        f"{run.task.name}: {len(run.task.train):,} questions to train on, {len(run.task.test):,} held "
+        f"out; {size:,} parameters on {run.mesh.size} {device} ({shape}); {config.steps} updates"
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """`CONFIG [--section.field value ...]`."""
+    return train(config_module.from_command_line(argv, "train"))
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

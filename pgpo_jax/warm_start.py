@@ -1,0 +1,143 @@
+"""Supervised steps on a task's worked examples, with and without a demonstration in the prompt.
+
+A small model cannot use a demonstration until it was shown how; without that its teacher knows no
+more than itself, and self-distillation has nothing to give. Off by default.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from pgpo_jax import data, sharding
+from pgpo_jax.data import DataConfig
+from pgpo_jax.errors import InputError, require
+from pgpo_jax.optimizer import init_state
+from pgpo_jax.reprompt import teacher_messages
+from pgpo_jax.tasks import Task
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised steps before the first update (config section `warm_start`)."""
+
+    steps: int = 0
+    """Supervised steps; 0 turns the warm start off."""
+    examples_per_step: int = 64
+    """Worked examples in a step."""
+    learning_rate: float = 1e-3
+    """AdamW's peak rate, after a linear warm-up over a tenth of the steps; it ends at 0 (cosine)."""
+
+    def __post_init__(self):
+        require(
+            "warm_start",
+            self,
+            steps=(self.steps >= 0, "at least 0"),
+            examples_per_step=(self.examples_per_step >= 1, "at least 1"),
+            learning_rate=(self.learning_rate > 0, "positive"),
+        )
+
+
+def warm_start(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    task: Task,
+    tokenizer: Any,
+    seed: int,
+    config: WarmStartConfig,
+    data_config: DataConfig,
+    templates: dict[str, str],
+    mesh: Mesh,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> Any:
+    """Trains on `config.steps` batches of fresh worked examples; returns the parameters.
+
+    Args:
+      graphdef: The model.
+      params: Its parameters; donated.
+      task: Its `examples` are the worked examples.
+      tokenizer: The model's tokenizer.
+      seed: The examples of step s derive from it and from s.
+      config: Steps, batch, rate.
+      data_config: Prompt limit and chat template options.
+      templates: How a demonstration stands in the prompt, the same as for the teacher.
+      mesh: Where the parameters live.
+      report: Called with the step and its loss (nats per response token) now and then.
+
+    Raises:
+      InputError: The task has no worked examples.
+    """
+    if task.examples is None:
+        raise InputError(
+            f"warm_start.steps: got {config.steps}; task {task.name} has no worked examples, set 0"
+        )
+    peak = config.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, config.steps // 10, config.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
+
+    def loss_fn(params, rows):
+        model = nnx.merge(graphdef, params)
+        hidden = model.response_hidden(*rows)
+        _, _, responses, mask = rows
+
+        @jax.checkpoint  # one row's logits at a time
+        def row_loss(row):
+            hidden, labels, mask = row
+            losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), labels)
+            return jnp.sum(losses * mask)
+
+        return jnp.sum(jax.lax.map(row_loss, (hidden, responses, mask), batch_size=64)) / mask.sum()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, rows):
+        loss, grads = jax.value_and_grad(loss_fn)(params, rows)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    opt_state = init_state(optimizer, params)
+    for index in range(config.steps):
+        rows = _encode(task, tokenizer, seed, index, config, data_config, templates)
+        params, opt_state, loss = step(params, opt_state, sharding.to_global(rows, mesh))
+        if index % 50 == 49 or index + 1 == config.steps:
+            report(index + 1, float(loss))
+    return params
+
+
+def _encode(
+    task: Task,
+    tokenizer: Any,
+    seed: int,
+    step: int,
+    config: WarmStartConfig,
+    data_config: DataConfig,
+    templates: dict[str, str],
+) -> tuple[np.ndarray, ...]:
+    """This host's prompts, responses and their masks of one step."""
+    assert task.examples is not None
+    examples = task.examples(np.random.default_rng([seed, step]), config.examples_per_step)
+    examples = examples[sharding.host_rows(len(examples))]
+    prompts = data.encode(
+        tokenizer,
+        [
+            teacher_messages(example.question.messages, example.demonstration, "", templates)
+            for example in examples
+        ],
+        max_length=data_config.max_prompt_length,
+        template_options=data_config.template_options,
+        names=[example.question.key for example in examples],
+    )
+    texts = [example.response for example in examples]
+    responses = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    responses = [[*row, tokenizer.eos_token_id] for row in responses]
+    width, time = sharding.agree_max([max(map(len, prompts)), max(map(len, responses))])
+    return (
+        *data.left_pad(prompts, data.bucket(width, max(width, data_config.max_prompt_length))),
+        *data.right_pad(responses, time if time < 16 else data.bucket(time, 2**30)),
+    )
