@@ -6,13 +6,17 @@ plain function, so a task of your own is one call of :class:`Task`.
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pgpo_jax import addition
+from pgpo_jax import addition, rows, verifiers
 from pgpo_jax.errors import InputError, require
 from pgpo_jax.verifiers import Outcome
 
@@ -211,7 +215,7 @@ def load_addition(config: TaskConfig) -> Task:
         name="addition",
         train=AdditionQuestions(test, train, config.seed),
         test=AdditionQuestions(0, test, config.seed),
-        verify=_addition_outcomes,
+        verify=_reward(config.reward) if config.reward else _addition_outcomes,
         templates=addition.TEMPLATES,
         examples=_addition_examples,
         demonstration=lambda question: question.answer,
@@ -219,6 +223,219 @@ def load_addition(config: TaskConfig) -> Task:
     )
 
 
+# --- verification --------------------------------------------------------------------------
+
+
+def _reward(name: str) -> Verify:
+    """A user's reward function as a task's `verify`."""
+    function = verifiers.import_function(name)
+
+    def verify(questions: Sequence[Question], responses: Sequence[str]) -> list[Outcome]:
+        prompts = [question.columns["prompt"] for question in questions]
+        completions = [
+            response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        names = dict.fromkeys(name for question in questions for name in question.columns)
+        columns = {
+            name: [question.columns.get(name) for question in questions]
+            for name in names
+            if name not in ("prompt", "prompts", "completion", "completions")
+        }
+        return verifiers.call_reward(name, function, prompts, completions, columns)
+
+    return verify
+
+
+def _verifier(config: TaskConfig, name: str) -> Verify:
+    """A check by name as a task's `verify`; a row's own feedback replaces the check's."""
+    if name == "math":
+        verifiers.require_math_verify()
+    checks: dict[str, Callable[[str, str], Outcome]] = {
+        "multiple_choice": partial(verifiers.multiple_choice, require_tags=config.require_tags),
+        "math": partial(verifiers.math, time_limit=config.time_limit),
+        "exact": partial(verifiers.exact, require_tags=config.require_tags),
+        "numeric": partial(verifiers.numeric, require_tags=config.require_tags),
+        "tool_use": verifiers.tool_use,
+    }
+    check = checks[name]
+
+    def verify(questions: Sequence[Question], responses: Sequence[str]) -> list[Outcome]:
+        outcomes = []
+        for question, response in zip(questions, responses, strict=True):
+            outcome = check(response, question.answer)
+            feedback = question.columns.get("feedback")
+            if feedback and outcome.reward < 1:
+                outcome = outcome._replace(feedback=feedback)
+            outcomes.append(outcome)
+        return outcomes
+
+    return verify
+
+
+WORKED: dict[str, Callable[[str], str]] = {
+    "multiple_choice": lambda answer: f"<answer>\n{answer}\n</answer>",
+    "math": lambda answer: answer if verifiers.last_boxed(answer) else f"\\boxed{{{answer}}}",
+    "exact": lambda answer: f"<answer>\n{answer}\n</answer>",
+    "numeric": lambda answer: f"<answer>\n{answer}\n</answer>",
+    "tool_use": verifiers.tool_calls,
+}
+"""The shortest right response that each check accepts, for rows without a `solution`."""
+
+
+# --- SciKnowEval ---------------------------------------------------------------------------
+
+
+def load_sciknoweval(config: TaskConfig) -> Task:
+    """Level-3 multiple-choice questions of SciKnowEval (Feng et al., arXiv 2406.09098).
+
+    With `task.path`: ``<path>/<domain>/{train,test}.jsonl`` with the fields `idx`, `system`,
+    `prompt`, `answer`. Without: the hub data set, filtered, in the split that the SDPO authors
+    published. That split is drawn by position, so it is theirs as long as the hub's list is the one
+    they had; another number of questions is a warning that says so.
+
+    There is no feedback, as in SDPO.
+    """
+    if config.path is not None:
+        folder = Path(config.path) / config.domain
+        train, test = (rows.read_jsonl(folder / f"{part}.jsonl") for part in ("train", "test"))
+    else:
+        hub, size = rows.SCIKNOWEVAL, rows.SCIKNOWEVAL_SIZES[config.domain]
+        splits = rows.read_datasets(hub)
+        whole = [row for name in splits for row in rows.split_rows(splits, name, hub, "task.path")]
+        found = rows.sciknoweval_rows(whole, config.domain)
+        if not found:
+            raise InputError(f"task.domain: got {config.domain!r}; {hub} has no such questions")
+        if len(found) != size:
+            warnings.warn(
+                f"{hub} has {len(found)} {config.domain} questions, the published split was drawn "
+                f"from {size}: this split is drawn the same way, but is not theirs",
+                stacklevel=2,
+            )
+        train, test = (
+            [found[index] for index in part] for part in rows.published_split(len(found))
+        )
+
+    def question(where: str, row: dict[str, Any]) -> Question:
+        answer = str(rows.column(row, "answer", where)).strip()
+        record = {"system": rows.SCIKNOWEVAL_SYSTEM, **row, "answer": answer}
+        key = f"{config.domain}/{rows.column(row, 'idx', where)}"
+        return _question(where, record, key)
+
+    return Task(
+        name=f"sciknoweval/{config.domain}",
+        train=[question(*row) for row in train[: config.train_questions]],
+        test=[question(*row) for row in test[: config.test_questions]],
+        verify=(_reward(config.reward) if config.reward else _verifier(config, "multiple_choice")),
+        demonstration=lambda question: WORKED["multiple_choice"](question.answer),
+    )
+
+
+# --- data sets -----------------------------------------------------------------------------
+
+
+def _question(where: str, row: dict[str, Any], key: str) -> Question:
+    """A row with `prompt` (string or conversation), optional `system` and `answer`."""
+    prompt, system = rows.column(row, "prompt", where), row.get("system")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    valid = isinstance(messages, list) and messages
+    if not valid or not all(
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    ):
+        raise InputError(
+            f"task.path: {where}: got the prompt {str(prompt)[:80]!r}; must be a string or a list "
+            "of messages with the strings `role` and `content`"
+        )
+    if messages[-1]["role"] != "user":
+        raise InputError(
+            f"task.path: {where}: got a prompt whose last message is the "
+            f"{messages[-1]['role']}'s; must be the user's"
+        )
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": str(system)}, *messages]
+    answer = "" if row.get("answer") is None else row["answer"]
+    return Question(
+        messages=tuple(dict(message) for message in messages),
+        answer=answer if isinstance(answer, str) else json.dumps(answer, default=str),
+        key=key,
+        columns=row,
+    )
+
+
+def _dataset_rows(config: TaskConfig) -> tuple[rows.Rows, rows.Rows]:
+    """Training and held-out rows from a file, a folder or the hub."""
+    path = str(config.path)
+    local, test = Path(path), None
+    if local.is_file() or local.suffix in (".jsonl", ".json"):
+        train = rows.read_jsonl(local)
+    elif (local / "train.jsonl").is_file():
+        train = rows.read_jsonl(local / "train.jsonl")
+        if (local / "test.jsonl").is_file():
+            test = rows.read_jsonl(local / "test.jsonl")
+    else:
+        splits = rows.read_datasets(path, config.subset)
+        train = rows.split_rows(splits, config.train_split, path, "task.train_split")
+        if config.test_split in splits:
+            test = rows.split_rows(splits, config.test_split, path, "task.test_split")
+    if config.test_path is not None:
+        test = rows.read_jsonl(Path(config.test_path), "task.test_path")
+    if test is None:
+        held_out = round(len(train) * config.test_fraction)
+        order = np.random.default_rng(config.seed).permutation(len(train))
+        test = [train[index] for index in sorted(order[:held_out])]
+        train = [train[index] for index in sorted(order[held_out:])]
+    return train[: config.train_questions], test[: config.test_questions]
+
+
+def load_dataset(config: TaskConfig) -> Task:
+    """Your own questions: rows with `prompt`, `answer` and what your reward function asks for.
+
+    Columns: `prompt` (a string or a conversation), `answer` (for a verifier), and optionally
+    `system`, `feedback` (shown to the teacher for a response that is not right) and `solution` (a
+    worked response, for the warm start and the pre-flight check).
+    """
+    train, test = _dataset_rows(config)
+    if config.verifier is not None:
+        for where, row in (*train, *test):
+            rows.column(row, "answer", where)
+    questions = [
+        [_question(where, row, f"{part}/{where}") for where, row in found]
+        for part, found in (("train", train), ("test", test))
+    ]
+    solved = [question for question in questions[0] if question.columns.get("solution")]
+
+    def examples(rng: np.random.Generator, count: int) -> list[Example]:
+        picks = [solved[index] for index in rng.integers(len(solved), size=count)]
+        return [
+            Example(
+                question,
+                str(question.columns["solution"]) if row % 2 else None,
+                str(question.columns["solution"]),
+            )
+            for row, question in enumerate(picks)
+        ]
+
+    def worked(question: Question) -> str:
+        solution = question.columns.get("solution")
+        return str(solution) if solution else WORKED[config.verifier or "exact"](question.answer)
+
+    return Task(
+        name=str(config.path),
+        train=questions[0],
+        test=questions[1],
+        verify=(
+            _reward(config.reward) if config.reward else _verifier(config, str(config.verifier))
+        ),
+        examples=examples if solved else None,
+        demonstration=worked if solved or config.verifier else None,
+    )
+
+
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {
     "addition": load_addition,
+    "sciknoweval": load_sciknoweval,
+    "dataset": load_dataset,
 }

@@ -1,0 +1,50 @@
+"""Compares mathematical expressions in a process of its own; started by ``verifiers.math``.
+
+Run as a file, so that it imports neither jax nor the package. One JSON request ``[gold, given,
+seconds]`` a line in, one JSON answer a line out: true, false, or null if an expression cannot be
+parsed. The process ends when its input closes, and is ended by the system when a comparison takes
+too long or too much memory: symbolic algebra can hang in C code, where no exception gets through.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+
+MEMORY = 4 * 2**30  # bytes of address space; a tower of powers would take all there is
+
+
+def compare(gold: str, given: str) -> bool | None:
+    """Whether two LaTeX expressions are equal; None if one of them cannot be parsed."""
+    from math_verify import parse, verify
+
+    parsed = [
+        parse(f"\\boxed{{{text}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+        for text in (gold, given)
+    ]
+    if not all(parsed):
+        return None
+    return bool(verify(parsed[0], parsed[1], timeout_seconds=None))
+
+
+def main() -> None:
+    """Serves requests from stdin until it closes."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    sys.stdout = sys.stderr  # whatever a library prints is not an answer
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    compare("1", "1")  # imports sympy before the clock runs
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        gold, given, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # the default action ends the process
+        try:
+            verdict = compare(gold, given)
+        except Exception:  # a response must not end the worker
+            verdict = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(verdict), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
