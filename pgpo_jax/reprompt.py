@@ -68,6 +68,14 @@ class RepromptConfig:
         require(
             "reprompt",
             self,
+            demonstration=(
+                self.demonstration in ("sibling", "none", "other"),
+                "sibling, none or other",
+            ),
+            use_feedback=(
+                self.use_feedback in ("without_demonstration", "always", "never"),
+                "without_demonstration, always or never",
+            ),
             threshold=(np.isfinite(self.threshold), "finite"),
             max_length=(self.max_length > 0, "positive (tokens)"),
         )

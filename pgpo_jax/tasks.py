@@ -127,6 +127,9 @@ class TaskConfig:
         require(
             "task",
             self,
+            name=(self.name in TASKS, f"one of {', '.join(TASKS)}"),
+            domain=(self.domain in rows.SCIKNOWEVAL_SIZES, "a domain of SciKnowEval"),
+            verifier=(self.verifier in (None, *WORKED), f"null or one of {', '.join(WORKED)}"),
             time_limit=(self.time_limit > 0, "positive (seconds)"),
             test_fraction=(0 <= self.test_fraction < 1, "at least 0 and below 1"),
             train_questions=(counts[0] is None or counts[0] > 0, "positive or null"),

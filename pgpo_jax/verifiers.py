@@ -359,10 +359,10 @@ def call_reward(
         if isinstance(returned, Mapping):  # {"reward": [...], "feedback": [...]}
             feedback = returned.get("feedback") or [""] * len(returned["reward"])
             returned = list(zip(returned["reward"], feedback, strict=True))
-        items = list(returned)
+        items = [] if isinstance(returned, str) else list(returned)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"task.reward: {name} returned {_show(returned)}; {rule}") from error
-    if len(items) != len(completions) or isinstance(returned, str):
+    if len(items) != len(completions):
         raise InputError(
             f"task.reward: {name} returned {len(items)} rewards for {len(completions)} "
             f"completions; {rule}"

@@ -276,6 +276,8 @@ def test_the_width_is_a_bucket():
         {"reprompt_template": "{prompt}{solution}"},
         {"solution_template": "no field"},
         {"feedback_template": "no field"},
+        {"demonstration": "self"},
+        {"use_feedback": "sometimes"},
         {"max_length": 0},
         {"threshold": float("nan")},
     ],
