@@ -138,6 +138,23 @@ def test_the_hub_rows_are_filtered_and_written_as_published():
     assert found[1][1]["answer"] == "B"
 
 
+def test_the_hub_data_set_is_split_as_published_or_says_that_it_is_not(tmp_path, monkeypatch):
+    write(tmp_path / "test.jsonl", *(hub_row(index) for index in range(20)))
+    monkeypatch.setattr(rows, "SCIKNOWEVAL", str(tmp_path))
+    monkeypatch.setitem(rows.SCIKNOWEVAL_SIZES, "materials", 20)
+    config = TaskConfig(name="sciknoweval", domain="materials")
+    train, test = rows.published_split(20)
+    task = load(config)
+    assert [question.key for question in task.train] == [f"materials/{index}" for index in train]
+    assert [question.key for question in task.test] == [f"materials/{index}" for index in test]
+    assert task.train[0].messages[0]["content"] == rows.SCIKNOWEVAL_SYSTEM
+    monkeypatch.setitem(rows.SCIKNOWEVAL_SIZES, "materials", 935)
+    with pytest.warns(UserWarning, match="20 materials questions.* from 935"):
+        load(config)
+    with pytest.raises(InputError, match=r"task.domain: got 'physics'"):
+        load(TaskConfig(name="sciknoweval", domain="physics"))
+
+
 def sciknoweval_folder(tmp_path, **changes):
     folder = tmp_path / "physics"
     folder.mkdir()
