@@ -20,12 +20,17 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
-from pgpo_jax import errors, gguf
+from pgpo_jax import config as config_module
+from pgpo_jax import errors, gguf, hf, model, tasks
+from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.errors import InputError
+from pgpo_jax.model import ModelConfig
 
 
 def convert_gguf(source: str, out: str, overwrite: bool = False) -> None:
@@ -57,6 +62,46 @@ def convert_gguf(source: str, out: str, overwrite: bool = False) -> None:
         }
         _write_json(folder / "generation_config.json", generation)
         _write_safetensors(folder / "model.safetensors", tensors)
+
+
+def export(run: str, out: str, which: Literal["last", "best"], overwrite: bool = False) -> None:
+    """Writes the student of a run as a Hugging Face folder, in float32.
+
+    Only the student is read, into the host's memory: any machine that can hold it will do.
+
+    Args:
+      run: The run's folder (`output_dir`), which may have been moved.
+      out: The folder to write; it appears only when it is complete.
+      which: The newest checkpoint, or the best by evaluation.
+      overwrite: Replace a model folder that is already there.
+
+    Raises:
+      InputError: `run` is not a run folder or has no such checkpoint, or `out` is not empty.
+    """
+    file = os.path.join(run, "config.yaml")
+    if not os.path.isfile(file):
+        raise InputError(f"RUN: {run} has no config.yaml; give the output_dir of a run")
+    config = config_module.load(file)
+    section = config.model
+    if section.architecture is not None:
+        model_config = ModelConfig.from_hf(section.architecture, strict=True)
+        tokenizer = tasks.load(config.task).tokenizer
+    elif section.path is not None:
+        model_config = hf.load_config(section.path)
+        tokenizer = hf.load_tokenizer(section.path)
+    else:
+        raise InputError(f"model.path: got null in {file}; a run states its model")
+    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),
+        model.param_shapes(model_config),
+    )
+    checkpoints = config.checkpoint.path or os.path.join(os.path.abspath(run), "checkpoints")
+    with _new_folder(out, overwrite) as folder:
+        with Checkpoints(checkpoints, read_only=True) as saved:
+            _, params = saved.restore_student(shapes, which)
+        graphdef = model.make_graphdef(model_config, section.options())
+        hf.save(folder, graphdef, params, tokenizer)
 
 
 def _find_gguf(source: str, folder: Path) -> Path:

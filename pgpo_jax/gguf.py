@@ -81,7 +81,7 @@ KNOWN_KEYS = {
 }
 
 # Llama 3.1's and 3.2's constants; the file holds only the factors that follow from them.
-LLAMA3_SCALING = {
+LLAMA3_SCALING: dict[str, Any] = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,

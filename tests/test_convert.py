@@ -5,18 +5,24 @@ import os
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-from pgpo_jax import convert, errors
+from pgpo_jax import convert, errors, hf, model
+from pgpo_jax.checkpoint import Checkpoints
+from pgpo_jax.config import Config, dump
 from pgpo_jax.errors import InputError
+from pgpo_jax.model import ModelConfig
 
 # Head dimension and theta are not what a reader would guess; a row of 64 is two quantised blocks.
 SIZES = {"v": 288, "d": 64, "f": 96, "h": 32, "q": 128, "k": 64}
@@ -379,11 +385,6 @@ def test_a_wrong_command_line_ends_with_2(arguments: list[str]) -> None:
 
 
 def logits(path: Path, tokens: np.ndarray) -> np.ndarray:
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from pgpo_jax import hf
-
     graphdef, params = hf.load(str(path), dtype=jnp.float32)
     return np.asarray(nnx.merge(graphdef, params)(jnp.asarray(tokens)))
 
@@ -410,8 +411,9 @@ def test_our_model_agrees_with_transformers_reading_the_same_gguf(
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    # transformers takes hidden_size / heads for Qwen2's head dimension, whatever the file says.
-    sizes = SIZES | {"h": 16, "q": 64, "k": 32} if architecture == "qwen2" else SIZES
+    # transformers reads a head dimension for Llama only; others get their class's default.
+    head_dim = {"llama": 32, "qwen2": SIZES["d"] // HEADS, "qwen3": 128}[architecture]
+    sizes = SIZES | {"h": head_dim, "q": HEADS * head_dim, "k": KV_HEADS * head_dim}
     write_gguf(tmp_path / "a.gguf", architecture, "Q8_0", tied=False, sizes=sizes)
     convert.convert_gguf(str(tmp_path / "a.gguf"), str(tmp_path / "out"))
     ours = logits(tmp_path / "out", TOKEN_ROWS)
@@ -421,3 +423,62 @@ def test_our_model_agrees_with_transformers_reading_the_same_gguf(
     with torch.no_grad():
         theirs = reference(torch.tensor(TOKEN_ROWS)).logits.numpy()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+ARCHITECTURE = {
+    "model_type": "qwen3",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "tie_word_embeddings": True,
+}
+
+
+class State(NamedTuple):
+    """As much of a run's state as a checkpoint asks for."""
+
+    student: Any
+    step: Any
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose best student is that of step 1 and whose last is that of step 2."""
+    folder = tmp_path_factory.mktemp("run")
+    config = Config(output_dir="/moved/since", model=hf.ModelSection(architecture=ARCHITECTURE))
+    (folder / "config.yaml").write_text(dump(config))
+    with Checkpoints(str(folder / "checkpoints")) as checkpoints:
+        checkpoints.save_best(1, student(1), 0.5)
+        checkpoints.save(2, State(student(2), jnp.array(2)))
+    return folder
+
+
+def student(seed: int) -> Any:
+    return model.init(ModelConfig.from_hf(ARCHITECTURE), model.Options(), jax.random.key(seed))[1]
+
+
+@pytest.mark.parametrize(("arguments", "seed"), [([], 2), (["--which", "best"], 1)])
+def test_export_writes_the_student_of_a_run_with_its_tokenizer(
+    tmp_path: Path, run_folder: Path, arguments: list[str], seed: int
+) -> None:
+    assert run("export", str(run_folder), str(tmp_path / "out"), *arguments) == 0
+    _, params = hf.load(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, params, student(seed))
+    tokenizer = hf.load_tokenizer(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("12345+67890")["input_ids"]).replace(" ", "") == "12345+67890"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_export_needs_a_run_with_checkpoints(
+    tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("export", str(tmp_path), str(tmp_path / "out")) == 2
+    assert "has no config.yaml" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_bytes((run_folder / "config.yaml").read_bytes())
+    assert run("export", str(tmp_path), str(tmp_path / "out")) == 2
+    assert "checkpoints" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["config.yaml"]
