@@ -41,6 +41,10 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (None,),
     "quantization_config": (None,),
 }
+OTHER_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"} | {
+    "use_sliding_window",
+    "max_window_layers",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +77,12 @@ class ModelConfig:
         return ARCHITECTURES[self.model_type]
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+    def from_hf(cls, config: Mapping[str, Any], *, strict: bool = False) -> "ModelConfig":
         """Reads a parsed `config.json`.
+
+        Args:
+          config: The dictionary.
+          strict: Refuse keys that are not read here (a checkpoint's may hold many).
 
         Raises:
           InputError: An unknown architecture, a missing size, or a setting that this decoder does
@@ -86,6 +94,12 @@ class ModelConfig:
                 f"model_type: got {model_type!r}; must be one of {', '.join(ARCHITECTURES)}"
             )
         defaults = ARCHITECTURES[model_type]
+        known = {field.name for field in dataclasses.fields(cls)} - {"rope", "sliding_rope"}
+        known |= FIXED.keys() | OTHER_KEYS
+        if strict and (unknown := config.keys() - known):
+            raise InputError(
+                f"architecture: got {sorted(unknown)}; must be among {', '.join(sorted(known))}"
+            )
         for name, allowed in FIXED.items():
             if config.get(name) not in allowed and not (
                 name == "attention_bias" and defaults.qkv_bias
