@@ -100,9 +100,3 @@ def test_readme_states_the_two_commands_that_set_everything_up():
     readme = (ROOT / "README.md").read_text()
     assert "pip install -e . && python -m pgpo_jax.train configs/quickstart.yaml" in readme
     assert "pip install -e '.[dev]' && pytest" in readme
-
-
-def test_no_file_is_long():
-    files = [*(ROOT / "pgpo_jax").glob("*.py"), *(ROOT / "tests").glob("*.py")]
-    long = {path.name: n for path in files if (n := len(path.read_text().splitlines())) > 520}
-    assert not long
