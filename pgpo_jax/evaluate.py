@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from pgpo_jax import data, sharding
 from pgpo_jax.data import DataConfig
 from pgpo_jax.errors import command, require
-from pgpo_jax.reprompt import teacher_messages
+from pgpo_jax.reprompt import RepromptConfig, resolve_templates, teacher_messages
 from pgpo_jax.rollout import rollout
 from pgpo_jax.sampler import SamplingConfig
 from pgpo_jax.tasks import Question, Task
-from pgpo_jax.verifiers import Outcome
+from pgpo_jax.verifiers import Outcome, given_answer
 
 
 @dataclass(frozen=True)
@@ -122,20 +122,23 @@ def answer(
     data_config: DataConfig,
     mesh: Mesh,
     demonstrations: dict[str, str] | None = None,
-    templates: dict[str, str] | None = None,
+    reprompt: RepromptConfig = RepromptConfig(),
 ) -> Answered:
     """This host's share of the questions, answered and verified batch by batch.
 
-    `demonstrations` (question key -> demonstration) puts the teacher's prompt, filled into
-    `templates`, in place of the question's own.
+    `demonstrations` (question key -> demonstration) puts the teacher's prompt, made as `reprompt`
+    and the task say, in place of the question's own.
     """
+    if demonstrations is not None:
+        data_config = dataclasses.replace(data_config, max_prompt_length=reprompt.max_length)
+    templates = resolve_templates(reprompt, task.templates)
     mine = list(questions[sharding.host_rows(len(questions))])
     (rounds,) = sharding.agree_max([-(-len(mine) // config.questions_per_batch)])
     texts, lengths = [], []
     for index in range(rounds):
         batch = mine[index * config.questions_per_batch : (index + 1) * config.questions_per_batch]
         conversations = [
-            teacher_messages(question.messages, demonstrations[question.key], "", templates or {})
+            teacher_messages(question.messages, demonstrations[question.key], "", templates)
             if demonstrations
             else question.messages
             for question in batch
@@ -193,12 +196,12 @@ def scores(answered: Answered, questions: int) -> dict[str, float]:
             (
                 np.mean(group),
                 np.max(group),
-                _majority(group, [outcome.answer for outcome in outcomes]),
+                _majority(group, [given_answer(text) for text in texts]),
                 np.mean([outcome.well_formed for outcome in outcomes]),
                 np.mean(lengths),
             )
-            for group, outcomes, lengths in zip(
-                rewards, answered.outcomes, answered.lengths, strict=True
+            for group, texts, outcomes, lengths in zip(
+                rewards, answered.texts, answered.outcomes, answered.lengths, strict=True
             )
         ],
         np.float32,

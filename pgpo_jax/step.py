@@ -139,7 +139,7 @@ def make_train_step(
             "every": information.token_weights(mask, jnp.ones_like(context)),
         }
         grads, measured = gradients(state.student, state.teacher, batch, weights)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & ~jnp.isnan(measured["information"])
 
         def update(state: TrainState):
@@ -148,13 +148,13 @@ def make_train_step(
             )
             student = optax.apply_updates(state.student, updates)
             teacher = optax.incremental_update(student, state.teacher, config.ema_rate)
-            return TrainState(state.step, student, teacher, opt_state), optax.global_norm(updates)
+            return TrainState(state.step, student, teacher, opt_state), optax.tree.norm(updates)
 
         def skip(state: TrainState):
             return state, jnp.zeros([])
 
         state, update_norm = jax.lax.cond(finite & jnp.any(context), update, skip, state)
-        distance = optax.global_norm(jax.tree.map(jnp.subtract, state.student, state.teacher))
+        distance = optax.tree.norm(jax.tree.map(jnp.subtract, state.student, state.teacher))
         measured |= {
             "multiplier": information_state(state.opt_state).multiplier,
             "grad_norm": grad_norm,

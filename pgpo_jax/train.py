@@ -29,7 +29,7 @@ from pgpo_jax.errors import InputError, command
 from pgpo_jax.evaluate import answer, evaluate, verify
 from pgpo_jax.metrics import Writer
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
-from pgpo_jax.reprompt import reprompt, resolve_templates
+from pgpo_jax.reprompt import reprompt
 from pgpo_jax.rollout import rollout
 from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
 from pgpo_jax.tasks import Question, Task
@@ -54,7 +54,7 @@ class Run(NamedTuple):
     params: Any
     tokenizer: Any
     sampling: sampler.SamplingConfig
-    """The sampling section with the model's end tokens."""
+    """The sampling section with the model's end tokens and vocabulary."""
 
 
 def load_run(config: Config) -> Run:
@@ -72,6 +72,8 @@ def load_run(config: Config) -> Run:
     if not sampling.end_tokens:
         ends = hf.end_tokens(config.model.path, tokenizer)
         sampling = dataclasses.replace(sampling, end_tokens=ends)
+    if sampling.vocab_size is None:  # rows beyond the tokenizer's are padding
+        sampling = dataclasses.replace(sampling, vocab_size=len(tokenizer))
     return Run(mesh, task, graphdef, params, tokenizer, sampling)
 
 
@@ -94,7 +96,7 @@ def train(config: Config) -> int:
         config.distillation,
         shardings,
         micro_batches=config.data.micro_batches,
-        vocab_size=len(run.tokenizer),
+        vocab_size=run.sampling.vocab_size,
         estimators=config.metrics.estimators,
     )
     rates = learning_rate(config.optimizer)
@@ -106,7 +108,6 @@ def train(config: Config) -> int:
         questions_per_step=config.data.questions_per_step,
     )
     batch_indices(step=0)  # too few questions are found now, not after the warm start
-    templates = resolve_templates(config.reprompt, run.task.templates)
 
     with Checkpoints(checkpoint_folder(config), keep=config.checkpoint.keep) as checkpoints:
         resumed = checkpoints.latest_step()
@@ -131,7 +132,7 @@ def train(config: Config) -> int:
                         config.seed,
                         config.warm_start,
                         config.data,
-                        templates,
+                        config.reprompt,
                         run.mesh,
                         lambda done, loss: writer.progress(
                             "warm start", done, config.warm_start.steps, {"loss": loss}
@@ -154,7 +155,6 @@ def train(config: Config) -> int:
                         state.student,
                         evaluation_key,
                         step,
-                        templates,
                         writer,
                         checkpoints,
                     )
@@ -185,7 +185,7 @@ def train(config: Config) -> int:
                 measured = {name: float(value) for name, value in jax.device_get(measured).items()}
                 ended = time.perf_counter()
 
-                row = _summarise(config, rollouts, outcomes, contexts)
+                row = _summarise(config, run, rollouts, outcomes, contexts)
                 tokens = row.pop("tokens")
                 row |= measured | {
                     "lr": lr,
@@ -249,7 +249,7 @@ def _reprompt(
     return contexts._replace(prompts=prompts, prompt_mask=mask)
 
 
-def _evaluate(config, run, student, key, step, templates, writer, checkpoints) -> None:
+def _evaluate(config, run, student, key, step, writer, checkpoints) -> None:
     """Scores the held-out questions, keeps the best student, shows a few answers."""
     started = time.perf_counter()
     metrics, answered = evaluate(
@@ -265,7 +265,7 @@ def _evaluate(config, run, student, key, step, templates, writer, checkpoints) -
     )
     metrics["time/evaluate"] = time.perf_counter() - started
     if step == 0 and config.evaluation.preflight_questions and run.task.demonstration:
-        metrics |= _preflight(config, run, student, key, templates, writer)
+        metrics |= _preflight(config, run, student, key, writer)
     writer.write(step, metrics)
     if answered.questions:
         shown = zip(answered.questions, answered.texts, answered.outcomes, strict=True)
@@ -285,7 +285,7 @@ def _evaluate(config, run, student, key, step, templates, writer, checkpoints) -
     checkpoints.save_best(step, student, average)
 
 
-def _preflight(config, run, student, key, templates, writer) -> dict[str, float]:
+def _preflight(config, run, student, key, writer) -> dict[str, float]:
     """Whether the model can use a demonstration: without that its teacher knows no more than it."""
     questions = run.task.test[: config.evaluation.preflight_questions]
     shown = {question.key: run.task.demonstration(question) for question in questions}
@@ -303,7 +303,7 @@ def _preflight(config, run, student, key, templates, writer) -> dict[str, float]
             config.data,
             run.mesh,
             demonstrations,
-            templates,
+            config.reprompt,
         )
         rewards = np.array(
             [[outcome.reward for outcome in group] for group in answered.outcomes], np.float32
@@ -323,6 +323,7 @@ def _preflight(config, run, student, key, templates, writer) -> dict[str, float]
 
 def _summarise(
     config: Config,
+    run: Run,
     rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
     contexts: Contexts,
@@ -330,6 +331,8 @@ def _summarise(
     """Metrics of rewards, groups and lengths, over all hosts."""
     flat = [outcome for group in outcomes for outcome in group]
     lengths = rollouts.response_mask.sum(-1).reshape(-1)
+    last = np.take_along_axis(rollouts.responses.reshape(len(lengths), -1), lengths[:, None] - 1, 1)
+    cut = ~np.isin(last[:, 0], run.sampling.end_tokens)
     columns = np.array(
         [
             (
@@ -339,10 +342,10 @@ def _summarise(
                 outcome.failed,
                 has_context,
                 length,
-                length >= config.sampling.max_response_length,
+                is_cut,
             )
-            for outcome, has_context, length in zip(
-                flat, contexts.has_context, lengths, strict=True
+            for outcome, has_context, length, is_cut in zip(
+                flat, contexts.has_context, lengths, cut, strict=True
             )
         ],
         np.float32,

@@ -134,6 +134,15 @@ def last_boxed(text: str) -> str | None:
     return None if best is None else text[best[0] : best[1]]
 
 
+def given_answer(response: str) -> str:
+    """What a response gives as its answer, whatever the verifier: for majority votes.
+
+    The last box, else the text between the last answer tags, else the whole text.
+    """
+    boxed = last_boxed(response)
+    return (tagged_answer(response)[0] if boxed is None else boxed).strip()
+
+
 def math(response: str, answer: str, *, time_limit: float = 5.0) -> Outcome:
     r"""1 if the last ``\boxed{...}`` equals the answer, literally or by math-verify.
 

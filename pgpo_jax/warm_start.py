@@ -20,7 +20,7 @@ from pgpo_jax import data, sharding
 from pgpo_jax.data import DataConfig
 from pgpo_jax.errors import InputError, require
 from pgpo_jax.optimizer import init_state
-from pgpo_jax.reprompt import teacher_messages
+from pgpo_jax.reprompt import RepromptConfig, resolve_templates, teacher_messages
 from pgpo_jax.tasks import Task
 
 
@@ -53,7 +53,7 @@ def warm_start(
     seed: int,
     config: WarmStartConfig,
     data_config: DataConfig,
-    templates: dict[str, str],
+    reprompt: RepromptConfig,
     mesh: Mesh,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Any:
@@ -67,7 +67,7 @@ def warm_start(
       seed: The examples of step s derive from it and from s.
       config: Steps, batch, rate.
       data_config: Prompt limit and chat template options.
-      templates: How a demonstration stands in the prompt, the same as for the teacher.
+      reprompt: How a demonstration stands in the prompt, the same as for the teacher.
       mesh: Where the parameters live.
       report: Called with the step and its loss (nats per response token) now and then.
 
@@ -103,7 +103,7 @@ def warm_start(
 
     opt_state = init_state(optimizer, params)
     for index in range(config.steps):
-        rows = _encode(task, tokenizer, seed, index, config, data_config, templates)
+        rows = _encode(task, tokenizer, seed, index, config, data_config, reprompt)
         params, opt_state, loss = step(params, opt_state, sharding.to_global(rows, mesh))
         if index % 50 == 49 or index + 1 == config.steps:
             report(index + 1, float(loss))
@@ -117,10 +117,11 @@ def _encode(
     step: int,
     config: WarmStartConfig,
     data_config: DataConfig,
-    templates: dict[str, str],
+    reprompt: RepromptConfig,
 ) -> tuple[np.ndarray, ...]:
     """This host's prompts, responses and their masks of one step."""
     assert task.examples is not None
+    templates = resolve_templates(reprompt, task.templates)
     examples = task.examples(np.random.default_rng([seed, step]), config.examples_per_step)
     examples = examples[sharding.host_rows(len(examples))]
     prompts = data.encode(
@@ -129,7 +130,7 @@ def _encode(
             teacher_messages(example.question.messages, example.demonstration, "", templates)
             for example in examples
         ],
-        max_length=data_config.max_prompt_length,
+        max_length=reprompt.max_length,
         template_options=data_config.template_options,
         names=[example.question.key for example in examples],
     )
@@ -138,6 +139,6 @@ def _encode(
     responses = [[*row, tokenizer.eos_token_id] for row in responses]
     width, time = sharding.agree_max([max(map(len, prompts)), max(map(len, responses))])
     return (
-        *data.left_pad(prompts, data.bucket(width, max(width, data_config.max_prompt_length))),
+        *data.left_pad(prompts, data.bucket(width, reprompt.max_length)),
         *data.right_pad(responses, time if time < 16 else data.bucket(time, 2**30)),
     )

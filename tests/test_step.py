@@ -1,0 +1,212 @@
+"""The update: what it computes, what it must not depend on, when it is skipped."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pgpo_jax import information, losses, model, sharding
+from pgpo_jax.data import Batch
+from pgpo_jax.losses import DistillationConfig
+from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
+from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
+
+ARCHITECTURE = {
+    "model_type": "qwen3",
+    "vocab_size": 24,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "tie_word_embeddings": True,
+}
+ROWS, PROMPT, TEACHER_PROMPT, TIME = 8, 5, 9, 6
+
+
+def make_batch(seed=0, has_context=None) -> Batch:
+    rng = np.random.default_rng(seed)
+
+    def left(width):
+        tokens = rng.integers(0, 20, (ROWS, width), np.int32)
+        return tokens, np.arange(width)[None, :] >= rng.integers(0, width, (ROWS, 1))
+
+    lengths = rng.integers(1, TIME + 1, (ROWS, 1))
+    return Batch(
+        *left(PROMPT),
+        *left(TEACHER_PROMPT),
+        rng.integers(0, 20, (ROWS, TIME), np.int32),
+        np.arange(TIME)[None, :] < lengths,
+        rng.random(ROWS) < 0.6 if has_context is None else np.full(ROWS, has_context),
+        -rng.random((ROWS, TIME), np.float32) * 4,
+    )
+
+
+def setup(
+    mesh=(1, 1, 1), micro_batches=1, alpha=1.0, learning_rate=1e-2, distillation=None, **options
+):
+    mesh = sharding.make_mesh(sharding.MeshConfig(*mesh))
+    config = model.ModelConfig.from_hf(ARCHITECTURE)
+    graphdef, params = model.init(
+        config, model.Options(dtype=jnp.float32, **options), jax.random.key(0), mesh
+    )
+    # Matrices of deviation 0.2: at 0.02 a tiny model's gradients are all rounding, and Adam's first
+    # steps are the signs of the gradients.
+    params = jax.tree.map_with_path(
+        lambda path, p: p if "norm" in path[-1].key else 10 * p, params
+    )
+    optimizer = make_optimizer(OptimizerConfig(alpha, learning_rate=learning_rate, warmup_steps=0))
+    shardings = train_state_shardings(params, optimizer)
+    step = make_train_step(
+        graphdef,
+        optimizer,
+        distillation or DistillationConfig(top_k=None, chunk_size=8),
+        shardings,
+        micro_batches=micro_batches,
+        vocab_size=22,
+        estimators=("conditional_kl",),
+    )
+    return graphdef, step, init_train_state(params, optimizer), mesh
+
+
+def run(batches, **options):
+    _, step, state, mesh = setup(**options)
+    for batch in batches:
+        state, measured = step(state, sharding.to_global(batch, mesh))
+    assert step._cache_size() == 1
+    return jax.device_get(state), {name: float(value) for name, value in measured.items()}
+
+
+BATCHES = [make_batch(seed) for seed in range(3)]
+
+
+def test_loss_and_information_are_those_of_the_definitions():
+    graphdef, step, state, mesh = setup()
+    # A first update, so that teacher and student differ.
+    state, _ = step(state, sharding.to_global(BATCHES[0], mesh))
+    batch = BATCHES[1]
+
+    def logits(params, prompts, prompt_mask):
+        net = model.nnx.merge(graphdef, params)
+        tokens = jnp.concatenate([prompts, batch.responses], 1)
+        mask = jnp.concatenate([prompt_mask, batch.response_mask], 1)
+        return net(tokens, mask)[:, prompts.shape[1] - 1 : -1, :22]
+
+    student = logits(state.student, batch.prompts, batch.prompt_mask)
+    teacher = logits(state.teacher, batch.teacher_prompts, batch.teacher_prompt_mask)
+    token_log_probs = information.at_tokens(jax.nn.log_softmax(student), batch.responses)
+    weight = losses.importance_weight(token_log_probs, batch.sampler_log_probs)
+    masks = batch.response_mask, batch.has_context
+    expected = {
+        "loss": losses.aggregate(losses.divergence(student, teacher) * weight, *masks),
+        "information": information.reduce(information.entropy_gap(student, teacher), *masks),
+        "information/conditional_kl": information.reduce(
+            information.conditional_kl(student, teacher), *masks
+        ),
+    }
+    expected["multiplier"] = jnp.clip(jnp.exp(expected["information"]), 0, 2)
+    _, measured = step(state, sharding.to_global(batch, mesh))
+    for name, value in expected.items():
+        np.testing.assert_allclose(measured[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    gap = measured["entropy/student"] - measured["entropy/teacher"]
+    np.testing.assert_allclose(measured["information"], gap, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 8])
+def test_micro_batches_change_nothing(micro_batches):
+    whole, expected = run(BATCHES)
+    state, measured = run(BATCHES, micro_batches=micro_batches)
+    chex.assert_trees_all_close(state, whole, rtol=1e-4, atol=1e-6)
+    for name, value in expected.items():
+        np.testing.assert_allclose(measured[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_every_mesh_gives_the_losses_and_parameters_of_one_device(mesh):
+    single, expected = run(BATCHES)
+    state, measured = run(BATCHES, mesh=mesh)
+    # Sums over devices in another order: float32, three updates of 1e-2.
+    chex.assert_trees_all_close(state, single, rtol=1e-3, atol=1e-5)
+    for name, value in expected.items():
+        np.testing.assert_allclose(measured[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_nothing(remat):
+    whole, _ = run(BATCHES[:1])
+    state, _ = run(BATCHES[:1], remat=remat)
+    chex.assert_trees_all_close(state, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_teacher_starts_as_a_copy_and_moves_by_ema_rate_towards_the_student():
+    _, step, state, mesh = setup(distillation=DistillationConfig(ema_rate=0.25, chunk_size=8))
+    chex.assert_trees_all_equal(state.student, state.teacher)
+    for student, teacher in zip(*map(jax.tree.leaves, (state.student, state.teacher)), strict=True):
+        assert student.unsafe_buffer_pointer() != teacher.unsafe_buffer_pointer()
+    before = jax.device_get(state.teacher)
+    state, measured = step(state, sharding.to_global(BATCHES[0], mesh))
+    expected = jax.tree.map(lambda t, s: 0.75 * t + 0.25 * s, before, jax.device_get(state.student))
+    chex.assert_trees_all_close(jax.device_get(state.teacher), expected, atol=1e-6)
+    assert measured["teacher_student_distance"] > 0
+
+
+def test_rows_are_aligned_when_the_teachers_prompt_is_padded_to_another_length():
+    batch = BATCHES[0]
+    wide = [np.pad(x, ((0, 0), (4, 0))) for x in (batch.prompts, batch.prompt_mask)]
+    same = batch._replace(teacher_prompts=wide[0], teacher_prompt_mask=wide[1])
+    _, measured = run([same._replace(has_context=np.full(ROWS, True))])
+    assert abs(measured["loss"]) < 1e-6
+    assert abs(measured["information"]) < 1e-5
+
+
+def test_padding_tokens_do_not_matter():
+    batch = BATCHES[0]
+    changed = batch._replace(
+        prompts=np.where(batch.prompt_mask, batch.prompts, 7),
+        teacher_prompts=np.where(batch.teacher_prompt_mask, batch.teacher_prompts, 7),
+        responses=np.where(batch.response_mask, batch.responses, 7),
+        sampler_log_probs=np.where(batch.response_mask, batch.sampler_log_probs, np.nan),
+    )
+    expected, _ = run([batch])
+    state, measured = run([changed])
+    chex.assert_trees_all_close(state, expected, rtol=1e-5, atol=1e-7)
+    assert all(np.isfinite(value) for value in measured.values())
+
+
+def test_a_batch_without_any_context_leaves_everything_as_it_was():
+    _, step, state, mesh = setup()
+    state, _ = step(state, sharding.to_global(BATCHES[0], mesh))  # Adam has momentum now
+    before = jax.device_get(state)
+    state, measured = step(state, sharding.to_global(make_batch(has_context=False), mesh))
+    after = jax.device_get(state)
+    assert measured["skipped"] == 1
+    assert measured["finite"] == 1
+    assert after.step == before.step + 1
+    chex.assert_trees_all_equal(after._replace(step=0), before._replace(step=0))
+
+
+def test_a_gradient_that_is_not_finite_skips_the_update():
+    _, step, state, mesh = setup()
+    before = jax.device_get(state)
+    broken = dict(before.teacher, norm=np.full_like(before.teacher["norm"], np.nan))
+    state = state._replace(teacher=jax.device_put(broken, mesh.devices.flat[0]))
+    state = jax.device_put(state, train_state_shardings(state.student, make_optimizer(OptimizerConfig())))
+    state, measured = step(state, sharding.to_global(BATCHES[0], mesh))
+    assert measured["skipped"] == 1
+    assert measured["finite"] == 0
+    chex.assert_trees_all_equal(jax.device_get(state.student), before.student)
+
+
+def test_alpha_scales_the_update_and_nothing_else():
+    config = {"learning_rate": 1e-3}
+    plain, without = run(BATCHES[:1], alpha=0.0, **config)
+    scaled, measured = run(BATCHES[:1], alpha=-20.0, **config)
+    assert without["multiplier"] == 1
+    assert measured["multiplier"] != 1
+    assert measured["loss"] == without["loss"]
+    np.testing.assert_allclose(
+        measured["update_norm"], without["update_norm"] * measured["multiplier"], rtol=1e-4
+    )
+    chex.assert_trees_all_close(plain.opt_state[1], scaled.opt_state[1])
