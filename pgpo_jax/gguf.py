@@ -268,7 +268,7 @@ def _rope_scaling(
     if tensor is None:
         return None
     factors = np.asarray(tensor.data, np.float32).reshape(-1)
-    scaling = LLAMA3_SCALING | {"factor": float(factors.max(initial=1.0))}
+    scaling: dict[str, Any] = LLAMA3_SCALING | {"factor": float(factors.max(initial=1.0))}
     plain, _ = rope.frequencies(rope.Rope(rope_theta=theta), head_dim)
     scaled, _ = rope.frequencies(rope.Rope(rope_theta=theta, **scaling), head_dim)
     if factors.shape != plain.shape or not np.allclose(factors, plain / scaled, rtol=1e-4):
