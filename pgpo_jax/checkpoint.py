@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import jax
 
-from pgpo_jax.errors import InputError
+from pgpo_jax.errors import InputError, require
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -40,12 +40,12 @@ class CheckpointConfig:
     `<output_dir>/checkpoints`."""
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise InputError(
-                f"checkpoint.every: got {self.every}; give 0 (only at the end) or more"
-            )
-        if self.keep < 1:
-            raise InputError(f"checkpoint.keep: got {self.keep}; give 1 or more")
+        require(
+            "checkpoint",
+            self,
+            every=(self.every >= 0, "0 (only at the end) or more"),
+            keep=(self.keep >= 1, "at least 1"),
+        )
 
 
 class Best(NamedTuple):

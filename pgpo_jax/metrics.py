@@ -35,7 +35,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from pgpo_jax.errors import InputError
+from pgpo_jax.errors import InputError, require
 from pgpo_jax.watch import Watch, is_number
 
 Row = Mapping[str, Any]
@@ -65,9 +65,9 @@ class MetricsConfig:
     """Steps between two such tables; 0 = never."""
 
     def __post_init__(self) -> None:
-        for field in ("log_seconds", "samples_per_step", "samples_shown", "samples_shown_every"):
-            if getattr(self, field) < 0:
-                raise InputError(f"metrics.{field}: got {getattr(self, field)}; give 0 or more")
+        amounts = ("log_seconds", "samples_per_step", "samples_shown", "samples_shown_every")
+        rules = {name: (getattr(self, name) >= 0, "at least 0") for name in amounts}
+        require("metrics", self, **rules)
 
 
 # What a progress line shows, where a row has it, and how.

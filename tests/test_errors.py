@@ -53,3 +53,13 @@ def test_the_arguments_are_the_process_arguments_without_the_program(monkeypatch
 
 def test_an_input_error_is_a_value_error():
     assert issubclass(errors.InputError, ValueError)
+
+
+def test_a_broken_rule_names_field_value_and_rule():
+    class Section:
+        rate = -1.0
+        count = 3
+
+    errors.require("section", Section(), count=(True, "at least 0"))
+    with pytest.raises(errors.InputError, match=r"^section\.rate: got -1\.0; must be at least 0$"):
+        errors.require("section", Section(), count=(True, "odd"), rate=(False, "at least 0"))
