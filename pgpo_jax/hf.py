@@ -49,6 +49,7 @@ LAYER_NAMES = {
     "post_attention_layernorm": "post_attention_layernorm.weight",
     "post_feedforward_layernorm": "post_feedforward_layernorm.weight",
 }
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SHARD_BYTES = 5_000_000_000
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -244,13 +245,14 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = _folder(path, ["*.json", "*.txt", "*.model", "*.jinja"])
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers raises many types for one cause
-        raise InputError(
-            f"model.path: got {path}, whose tokenizer does not load ({_one_line(error)}); it needs "
-            "tokenizer.json"
-        ) from error
+    # From a folder without a vocabulary, transformers would make an empty tokenizer.
+    cause = f"there is none of {', '.join(VOCABULARIES)}"
+    if any((folder / name).is_file() for name in VOCABULARIES):
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # transformers raises many types for one cause
+            cause = _one_line(error)
+    raise InputError(f"model.path: got {path}, whose tokenizer does not load: {cause}")
 
 
 def end_tokens(*sources: Any) -> tuple[int, ...]:
