@@ -1,9 +1,10 @@
 """What does the multiplier cost?
 
-The same update is compiled with the multiplier, with alpha = 0, and with a plain AdamW chain that has
-none (the information is measured in all three; benchmarks/fused_pass.py says what that costs). The
-multiplier is one multiplication per parameter, a step about 8 operations per parameter and token,
-so the share falls with the number of tokens. Layers are unrolled: XLA counts a loop's body once.
+The same update is compiled with the multiplier, with alpha = 0, and with a plain AdamW chain that
+has none (the information is measured in all three; benchmarks/fused_pass.py says what that costs).
+The multiplier is one multiplication per parameter, a step about 8 operations per parameter and
+token, so the share falls with the number of tokens. Layers are unrolled: XLA counts a loop's body
+once.
 
     python benchmarks/step_overhead.py [--preset small] [--repeats 20] [--save]
 """
@@ -12,15 +13,15 @@ import argparse
 
 import jax
 import jax.numpy as jnp
+import measure
 import numpy as np
 import optax
 
-import measure
 from pgpo_jax import model, sharding
 from pgpo_jax.data import Batch
 from pgpo_jax.losses import DistillationConfig
-from pgpo_jax.optimizer import OptimizerConfig, ScaleByInformationState, learning_rate, make_optimizer
-from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
+from pgpo_jax.optimizer import OptimizerConfig, ScaleByInformationState, learning_rate,
+make_optimizer from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
 
 PRESETS = {
     # The quickstart's model and batch.

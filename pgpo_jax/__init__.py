@@ -1,7 +1,8 @@
 """Physics-Guided Policy Optimization (PGPO) with self-distillation in JAX.
 
-A language model answers questions; a teacher (an average of the model's past that is shown a successful sibling answer)
-scores the same answers token by token; the student is pulled towards that teacher, and every optimizer step is scaled by
+A language model answers questions; a teacher (an average of the model's past that is shown a
+successful sibling answer) scores the same answers token by token; the student is pulled towards
+that teacher, and every optimizer step is scaled by
 
     rho = clip(exp(alpha * I), rho_min, rho_max),
 

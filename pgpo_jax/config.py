@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import draccus
 import yaml
@@ -117,7 +118,7 @@ def from_command_line(argv: Sequence[str], command: str) -> Config:
 
 def dump(config: Config) -> str:
     """The whole configuration as YAML, itself a valid configuration file."""
-    return draccus.dump(config)
+    return str(draccus.dump(config))
 
 
 def _check_file(path: str) -> None:
@@ -148,13 +149,14 @@ def _check_names(overrides: Sequence[str]) -> None:
         raise InputError(f"{name}: no such field; {hint}")
 
 
-def _field_names(section: type, prefix: str = "") -> list[str]:
+def _field_names(section: Any, prefix: str = "") -> list[str]:
     names = []
     for item in dataclasses.fields(section):
         nested = isinstance(item.type, type) and dataclasses.is_dataclass(item.type)
-        names += (
-            _field_names(item.type, f"{prefix}{item.name}.") if nested else [prefix + item.name]
-        )
+        if nested:
+            names += _field_names(item.type, f"{prefix}{item.name}.")
+        else:
+            names.append(prefix + item.name)
     return names
 
 

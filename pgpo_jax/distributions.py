@@ -1,7 +1,9 @@
-"""Distributions over a vocabulary: log-probabilities, entropy and the divergences between two of them.
+"""Distributions over a vocabulary: log-probabilities, entropy and the divergences between two of
+them.
 
-Everything is in float32 and in nats. A row that must not count (padding of the vocabulary) has a logit of `NEVER`
-or of minus infinity on both sides; it then has probability zero and contributes exactly nothing, in value and gradient.
+Everything is in float32 and in nats. A row that must not count (padding of the vocabulary) has a
+logit of `NEVER` or of minus infinity on both sides; it then has probability zero and contributes
+exactly nothing, in value and gradient.
 """
 
 import jax
@@ -9,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 NEVER = -1e30
-"""A finite stand-in for log 0: `0 * NEVER` and `NEVER - NEVER` are 0, where minus infinity would give NaN."""
+"""A finite stand-in for log 0: `0 * NEVER` and `NEVER - NEVER` are 0, where minus infinity would
+give NaN."""
 
 
 def mask_padding(logits: Float[Array, "*batch vocab"], vocab_size: int | None) -> Array:
@@ -21,7 +24,8 @@ def mask_padding(logits: Float[Array, "*batch vocab"], vocab_size: int | None) -
 
 
 def log_probs(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
-    """Log-softmax in float32 (bfloat16 logits are spaced 0.125 apart at 16 to 32), never below `NEVER`."""
+    """Log-softmax in float32 (bfloat16 logits are spaced 0.125 apart at 16 to 32), never below
+    `NEVER`."""
     return jnp.maximum(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), NEVER)
 
 
@@ -40,6 +44,7 @@ def kl(
 def jensen_shannon(
     log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"], weight: float = 0.5
 ) -> Float[Array, "*batch"]:
-    """(1 - w) KL(P || M) + w KL(Q || M) with M = (1 - w) P + w Q, in nats; symmetric and at most ln 2 at w = 1/2."""
+    """(1 - w) KL(P || M) + w KL(Q || M) with M = (1 - w) P + w Q, in nats; symmetric and at most ln
+    2 at w = 1/2."""
     log_m = jnp.logaddexp(log_p + jnp.log1p(-weight), log_q + jnp.log(weight))
     return (1 - weight) * kl(log_p, log_m) + weight * kl(log_q, log_m)

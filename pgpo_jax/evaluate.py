@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pgpo_jax import data, sharding
+from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.data import DataConfig
 from pgpo_jax.errors import command, require
 from pgpo_jax.reprompt import RepromptConfig, resolve_templates, teacher_messages
@@ -122,13 +124,14 @@ def answer(
     data_config: DataConfig,
     mesh: Mesh,
     demonstrations: dict[str, str] | None = None,
-    reprompt: RepromptConfig = RepromptConfig(),
+    reprompt: RepromptConfig | None = None,
 ) -> Answered:
     """This host's share of the questions, answered and verified batch by batch.
 
     `demonstrations` (question key -> demonstration) puts the teacher's prompt, made as `reprompt`
     and the task say, in place of the question's own.
     """
+    reprompt = reprompt or RepromptConfig()
     if demonstrations is not None:
         data_config = dataclasses.replace(data_config, max_prompt_length=reprompt.max_length)
     templates = resolve_templates(reprompt, task.templates)
@@ -229,25 +232,29 @@ def _majority(rewards: Sequence[float], answers: Sequence[str]) -> float:
 
 def main(argv: Sequence[str]) -> int:
     """Evaluates the newest student of a run, or the model itself where there is no run."""
-    # The command composes what the library below it may not import.
-    from pgpo_jax import config as config_module
-    from pgpo_jax.train import prepare
+    # A command composes what stands above the library it belongs to.
+    from pgpo_jax.config import from_command_line
+    from pgpo_jax.train import checkpoint_folder, load_run
 
-    config = config_module.from_command_line(argv, "evaluate")
-    run = prepare(config)
+    config = from_command_line(argv, "evaluate")
+    run = load_run(config)
+    params, step = run.params, 0
+    if os.path.isdir(checkpoint_folder(config)):
+        with Checkpoints(checkpoint_folder(config), read_only=True) as checkpoints:
+            step, params = checkpoints.restore_student(params)
     metrics, _ = evaluate(
         run.graphdef,
-        run.state.student,
+        params,
         run.task,
         run.tokenizer,
-        jax.random.key(config.seed),
+        jax.random.split(jax.random.key(config.seed))[1],  # the run's own evaluation key
         config.evaluation,
         run.sampling,
         config.data,
         run.mesh,
     )
     if sharding.is_main():
-        print(json.dumps({"step": int(run.state.step), **metrics}))
+        print(json.dumps({"step": step, **metrics}))
     return 0
 
 

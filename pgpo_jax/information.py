@@ -1,8 +1,9 @@
 """Estimates of the information I that the teacher's context carries about the student's responses.
 
-Each estimator maps student and teacher logits to per-token terms in nats; `reduce` turns the terms into the scalar I of
-PGPO (arXiv 2606.03620, eq. 8). They read the forward passes that the loss needs anyway, and no gradient flows through
-them. The logits are those of the loss: full vocabulary, already divided by the temperature.
+Each estimator maps student and teacher logits to per-token terms in nats; `reduce` turns the terms
+into the scalar I of PGPO (arXiv 2606.03620, eq. 8). They read the forward passes that the loss
+needs anyway, and no gradient flows through them. The logits are those of the loss: full vocabulary,
+already divided by the temperature.
 """
 
 from typing import Literal, get_args
@@ -28,7 +29,8 @@ def entropy_gap(
       teacher_logits: Logits of the teacher for the same response tokens, same shape.
 
     Returns:
-      Nats per token, `[batch, time]`. Negative where the context makes the teacher less certain than the student.
+      Nats per token, `[batch, time]`. Negative where the context makes the teacher less certain
+      than the student.
     """
     log_s, log_q = distributions.log_probs(student_logits), distributions.log_probs(teacher_logits)
     return jax.lax.stop_gradient(distributions.entropy(log_s) - distributions.entropy(log_q))
@@ -38,7 +40,8 @@ def conditional_kl(
     student_logits: Float[Array, "batch time vocab"],
     teacher_logits: Float[Array, "batch time vocab"],
 ) -> Float[Array, "batch time"]:
-    """KL(teacher || student), the exact integrand of a conditional mutual information; never negative.
+    """KL(teacher || student), the exact integrand of a conditional mutual information; never
+    negative.
 
     Args and Returns as `entropy_gap`.
     """
@@ -65,8 +68,9 @@ def pointwise(
 ) -> Float[Array, "batch time"]:
     """log teacher(y_t) - log student(y_t) at the sampled tokens.
 
-    Its expectation under the student is -KL(student || teacher), so it is never positive in expectation: it means
-    the opposite of the other estimators, and a multiplier built on it brakes where they accelerate.
+    Its expectation under the student is -KL(student || teacher), so it is never positive in
+    expectation: it means the opposite of the other estimators, and a multiplier built on it brakes
+    where they accelerate.
 
     Args and Returns as `entropy_gap`, with the response `tokens`, `[batch, time]`.
     """
@@ -105,8 +109,8 @@ def reduce(
 ) -> Float[Array, ""]:
     """Mean over a response's tokens, then mean over the responses that count.
 
-    A sum over tokens would drive exp(alpha * I) to 0 or to rho_max; a response without a teacher context has a gap of
-    0 up to the EMA's lag and would dilute I.
+    A sum over tokens would drive exp(alpha * I) to 0 or to rho_max; a response without a teacher
+    context has a gap of 0 up to the EMA's lag and would dilute I.
 
     Args:
       terms: Nats per token, `[batch, time]`; values outside the masks do not matter, NaN included.

@@ -1,4 +1,5 @@
-"""The distillation loss of SDPO (arXiv 2601.20802): divergences, token weights, importance weights, aggregation."""
+"""The distillation loss of SDPO (arXiv 2601.20802): divergences, token weights, importance weights,
+aggregation."""
 
 import dataclasses
 from typing import Literal
@@ -19,7 +20,8 @@ class DistillationConfig:
     """How the student is pulled towards the teacher, and how their information is estimated."""
 
     kind: Literal["forward_kl", "reverse_kl", "jsd", "sampled"] = "jsd"
-    """Divergence per response token; `sampled` is the cheap score-function estimate of the reverse KL."""
+    """Divergence per response token; `sampled` is the cheap score-function estimate of the reverse
+    KL."""
     jsd_weight: float = 0.5
     """Weight w of the teacher in the mixture M = (1 - w) student + w teacher of `jsd`."""
     top_k: int | None = 100
@@ -29,9 +31,11 @@ class DistillationConfig:
     temperature: float = 1.0
     """Both sides' logits are divided by it."""
     aggregation: Aggregation = "sequence_mean"
-    """Mean over each response's tokens, then over all responses; or the mean over all tokens that count."""
+    """Mean over each response's tokens, then over all responses; or the mean over all tokens that
+    count."""
     importance_cap: float | None = 2.0
-    """Upper bound of the weight that corrects for the sampler's log-probs; null turns the correction off."""
+    """Upper bound of the weight that corrects for the sampler's log-probs; null turns the
+    correction off."""
     estimator: Literal["entropy_gap", "conditional_kl", "jensen_shannon", "pointwise"] = (
         "entropy_gap"
     )
@@ -72,9 +76,11 @@ def divergence(
     """Divergence of student S and teacher Q at every token, in nats.
 
     Args:
-      student_logits: Logits over the temperature, `[batch, time, vocab]`; the gradient flows here only.
+      student_logits: Logits over the temperature, `[batch, time, vocab]`; the gradient flows here
+        only.
       teacher_logits: The teacher's, for the same tokens.
-      kind: `forward_kl` is KL(Q || S), `reverse_kl` is KL(S || Q), `jsd` the weighted Jensen-Shannon divergence.
+      kind: `forward_kl` is KL(Q || S), `reverse_kl` is KL(S || Q), `jsd` the weighted
+        Jensen-Shannon divergence.
       jsd_weight: The teacher's weight in the mixture of `jsd`.
       top_k: Compare on the student's k largest logits; None takes the full vocabulary.
       tail: With `top_k`, whether the rest of both distributions is kept as one more bucket.
@@ -107,7 +113,8 @@ def _on_top_k(log_s, log_q, top_k: int, tail: bool):
 
 
 def _with_tail(log_p):
-    """Appends the bucket log(1 - sum of the top k); the bound keeps it finite where the top k hold everything."""
+    """Appends the bucket log(1 - sum of the top k); the bound keeps it finite where the top k hold
+    everything."""
     inside = jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
     rest = jnp.log(-jnp.expm1(jnp.minimum(inside, -1e-7)))
     return jnp.concatenate([log_p, rest], axis=-1)
@@ -118,8 +125,8 @@ def sampled_divergence(
 ) -> Float[Array, "batch time"]:
     """Score-function estimate of the reverse KL from the sampled tokens alone.
 
-    Its gradient is, in expectation over the student's samples, the gradient of KL(student || teacher); its value is not
-    that divergence.
+    Its gradient is, in expectation over the student's samples, the gradient of KL(student ||
+    teacher); its value is not that divergence.
     """
     advantage = jax.lax.stop_gradient(token_log_probs - teacher_token_log_probs)
     return advantage * token_log_probs
@@ -130,7 +137,8 @@ def importance_weight(
     old_log_probs: Float[Array, "batch time"],
     cap: float = 2.0,
 ) -> Float[Array, "batch time"]:
-    """min(exp(log_probs - old_log_probs), cap) without gradient; the difference is clipped to +-20 first.
+    """min(exp(log_probs - old_log_probs), cap) without gradient; the difference is clipped to +-20
+    first.
 
     Args:
       log_probs: Token log-probs under the policy being trained.
@@ -146,10 +154,12 @@ def token_weights(
     sample_mask: Bool[Array, " batch"],
     mode: Aggregation = "sequence_mean",
 ) -> Float[Array, "batch time"]:
-    """The weight of every token in the loss; computed once on the whole batch, so micro-batches cannot change it.
+    """The weight of every token in the loss; computed once on the whole batch, so micro-batches
+    cannot change it.
 
-    `sequence_mean` gives a token of response i the weight 1 / (|y_i| N), where N counts all responses, those without
-    a teacher context included; `token_mean` gives 1 / (number of tokens that count).
+    `sequence_mean` gives a token of response i the weight 1 / (|y_i| N), where N counts all
+    responses, those without a teacher context included; `token_mean` gives 1 / (number of tokens
+    that count).
     """
     counts = response_mask & sample_mask[:, None]
     if mode == "token_mean":

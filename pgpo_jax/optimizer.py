@@ -27,25 +27,27 @@ def scale_by_information(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales updates by a bounded exponential of an information estimate.
 
-    Multiplies the updates by :math:`\rho = \mathrm{clip}(\exp(\alpha I), \rho_{min}, \rho_{max})`, where :math:`I` is
-    passed to `update` as the keyword argument `information`.
+    Multiplies the updates by :math:`\rho = \mathrm{clip}(\exp(\alpha I), \rho_{min}, \rho_{max})`,
+    where :math:`I` is passed to `update` as the keyword argument `information`.
 
-    It must stand **last in the chain, after the optimizer**: Adam and its relatives normalise the scale of what they
-    are given, so before them the multiplier does nothing. Standing after `optax.adamw` it scales everything that adamw
-    adds to the parameters, the decay included ("the final update" of the paper); to keep the decay out, chain
-    `optax.scale_by_adam`, `scale_by_information`, `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
-    Moments are not touched. With gradient accumulation, accumulate gradients and information together and call the
-    chain once: `optax.MultiSteps` would pass on only the last micro-batch's information.
+    It must stand **last in the chain, after the optimizer**: Adam and its relatives normalise the
+    scale of what they are given, so before them the multiplier does nothing. Standing after
+    `optax.adamw` it scales everything that adamw adds to the parameters, the decay included ("the
+    final update" of the paper); to keep the decay out, chain `optax.scale_by_adam`,
+    `scale_by_information`, `optax.add_decayed_weights` and `optax.scale_by_learning_rate`. Moments
+    are not touched. With gradient accumulation, accumulate gradients and information together and
+    call the chain once: `optax.MultiSteps` would pass on only the last micro-batch's information.
 
     Args:
-      alpha: Exponent, a float or an optax schedule of the update count. 0 gives a multiplier of exactly 1, and a
-        negative value brakes where a positive one accelerates.
+      alpha: Exponent, a float or an optax schedule of the update count. 0 gives a multiplier of
+        exactly 1, and a negative value brakes where a positive one accelerates.
       rho_max: Upper bound of the multiplier; an infinite information gives it.
       rho_min: Lower bound; 0 is the paper's eq. 9, and 1 never lets the step shrink.
 
     Returns:
-      A transformation whose `update` takes the required keyword argument `information`, a scalar in nats per response
-      token. NaN in it propagates into the updates. Other extra arguments are ignored.
+      A transformation whose `update` takes the required keyword argument `information`, a scalar in
+      nats per response token. NaN in it propagates into the updates. Other extra arguments are
+      ignored.
 
     Raises:
       TypeError: `update` was called without `information`.
@@ -76,21 +78,26 @@ def scale_by_information(
         information = jnp.asarray(information, jnp.float32)
         if information.shape != ():
             raise ValueError(
-                f"information must be a scalar (nats per response token), got shape {information.shape}; "
-                "reduce the per-token terms first (pgpo_jax.information.reduce)"
+                f"information: got shape {information.shape}; must be a scalar in nats per "
+                "response token (pgpo_jax.information.reduce makes one)"
             )
         exponent = jnp.asarray(alpha(state.count) if callable(alpha) else alpha, jnp.float32)
-        # 0 * inf is NaN: alpha = 0 must be the chain without the transformation, whatever the information.
+        # 0 * inf is NaN: alpha = 0 must be the chain without the transformation, whatever the
+        # information.
         scaled = jnp.where(exponent == 0, 0.0, exponent * information)
         multiplier = jnp.clip(jnp.exp(scaled), rho_min, rho_max).astype(jnp.float32)
         updates = jax.tree.map(lambda update: _scale(update, multiplier), updates)
-        return updates, ScaleByInformationState(optax.safe_increment(state.count), multiplier)
+        return updates, ScaleByInformationState(
+            jnp.asarray(optax.safe_increment(state.count)), multiplier
+        )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    # optax's type has no required extra argument; calling without it is the TypeError we want.
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
 
 
 def _scale(update, multiplier):
-    """Multiplies in float32 or wider and keeps the dtype: a multiplier in bfloat16 would be off by 0.4 %."""
+    """Multiplies in float32 or wider and keeps the dtype: a multiplier in bfloat16 would be off by
+    0.4 %."""
     wide = jnp.promote_types(update.dtype, jnp.float32)
     return (update.astype(wide) * multiplier.astype(wide)).astype(update.dtype)
 
@@ -104,11 +111,13 @@ class OptimizerConfig:
     rho_max: float = 2.0
     """Upper bound of the multiplier."""
     rho_min: float = 0.0
-    """Lower bound of the multiplier; 0 is the paper's formula, 1 its prose (never slower than SDPO)."""
+    """Lower bound of the multiplier; 0 is the paper's formula, 1 its prose (never slower than
+    SDPO)."""
     learning_rate: float = 1e-5
     """Peak learning rate, constant after the warm-up."""
     warmup_steps: int = 10
-    """The rate of update k (from 0) is learning_rate * min(k / warmup_steps, 1), so the first update is 0."""
+    """The rate of update k (from 0) is learning_rate * min(k / warmup_steps, 1), so the first
+    update is 0."""
     b1: float = 0.9
     """Decay of Adam's first moment."""
     b2: float = 0.999
@@ -151,7 +160,8 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """clip by global norm -> AdamW with warm-up -> scale_by_information; `update` takes `information`."""
+    """clip by global norm -> AdamW with warm-up -> scale_by_information; `update` takes
+    `information`."""
     adamw = optax.adamw(
         learning_rate(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay
     )

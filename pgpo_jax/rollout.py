@@ -48,9 +48,9 @@ def rollout(
     padded = [*prompts, *([[0]] * (rows - len(prompts)))]
     width = data.bucket(longest, max(config.max_prompt_length, longest))
     tokens, mask = data.left_pad(padded, width)
-    samples = sharding.to_host(
-        sampler.sample(graphdef, params, *sharding.to_global((tokens, mask), mesh), key, sampling)
-    )
+    placed = sharding.to_global({"prompts": tokens, "prompt_mask": mask}, mesh)
+    samples = sampler.sample(graphdef, params, **placed, key=key, config=sampling)
+    samples = sharding.to_host(samples)
     samples = jax.tree.map(lambda rows: rows[: len(prompts)], samples)
     (longest,) = sharding.agree_max([int(samples.mask.sum(-1).max(initial=1))])
     time = data.bucket(longest, sampling.max_response_length)

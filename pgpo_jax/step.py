@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pgpo_jax import information, losses, sharding
 from pgpo_jax.data import Batch
@@ -20,10 +20,14 @@ from pgpo_jax.optimizer import information_state, init_state, state_shardings
 class TrainState(NamedTuple):
     """All that changes from step to step; random keys and data order derive from `step`."""
 
-    step: Int[Array, ""]
+    step: Any
+    """Steps done, a scalar int32; a skipped update counts."""
     student: Any
+    """Parameters, float32."""
     teacher: Any
+    """The student's exponential moving average, float32."""
     opt_state: Any
+    """State of the optimizer chain."""
 
 
 def train_state_shardings(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -41,6 +45,19 @@ def init_train_state(params: Any, optimizer: optax.GradientTransformation) -> Tr
         student=params,
         teacher=jax.tree.map(jnp.copy, params),  # a copy: the student's buffers are donated
         opt_state=init_state(optimizer, params),
+    )
+
+
+def abstract_train_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, types and shardings of a state, without its memory."""
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), shapes, shapes, jax.eval_shape(optimizer.init, params)
+    )
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        state,
+        train_state_shardings(params, optimizer),
     )
 
 
@@ -132,7 +149,7 @@ def make_train_step(
         return jax.lax.scan(accumulate, zeros, parts)[0]
 
     def train_step(state: TrainState, batch: Batch):
-        mask, context = batch.response_mask, batch.has_context
+        mask, context = jnp.asarray(batch.response_mask), jnp.asarray(batch.has_context)
         weights = {
             "loss": losses.token_weights(mask, context, config.aggregation),
             "context": information.token_weights(mask, context),
@@ -169,7 +186,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
-def _flat(x: Array) -> Array:
+def _flat(x: Any) -> Array:
     """`[row, time, ...]` -> `[row * time, ...]`."""
     return x.reshape(-1, *x.shape[2:])
 
@@ -180,7 +197,7 @@ def _weighted(terms: Array, weights: Array) -> Array:
 
 
 def _split(x: Array, parts: int, mesh: Mesh) -> Array:
-    """Rows -> `[part, row, ...]`, every part spread over all devices: row r goes to part r % parts."""
+    """Rows -> `[part, row, ...]`, each spread over all devices: row r goes to part r % parts."""
     x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
     where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
     return jax.lax.with_sharding_constraint(x, where)

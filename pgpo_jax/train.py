@@ -5,13 +5,14 @@ student's past) is shown a successful sibling answer, and one jitted function (`
 student towards what the teacher would have said.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,13 @@ from pgpo_jax.metrics import Writer
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
 from pgpo_jax.reprompt import reprompt
 from pgpo_jax.rollout import rollout
-from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
+from pgpo_jax.step import (
+    TrainState,
+    abstract_train_state,
+    init_train_state,
+    make_train_step,
+    train_state_shardings,
+)
 from pgpo_jax.tasks import Question, Task
 from pgpo_jax.verifiers import Outcome
 from pgpo_jax.warm_start import warm_start
@@ -84,23 +91,8 @@ def checkpoint_folder(config: Config) -> str:
 
 def train(config: Config) -> int:
     """Runs, or resumes, a run; returns the exit code."""
-    stopping = _stop_on_signals()
     run = load_run(config)
     _check_rows(config, run.mesh)
-    _claim_folder(config)
-    optimizer = make_optimizer(config.optimizer)
-    shardings = train_state_shardings(run.params, optimizer)
-    train_step = make_train_step(
-        run.graphdef,
-        optimizer,
-        config.distillation,
-        shardings,
-        micro_batches=config.data.micro_batches,
-        vocab_size=run.sampling.vocab_size,
-        estimators=config.metrics.estimators,
-    )
-    rates = learning_rate(config.optimizer)
-    step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
     batch_indices = functools.partial(
         data.batch_indices,
         config.seed,
@@ -108,107 +100,123 @@ def train(config: Config) -> int:
         questions_per_step=config.data.questions_per_step,
     )
     batch_indices(step=0)  # too few questions are found now, not after the warm start
+    _claim_folder(config)
+    optimizer = make_optimizer(config.optimizer)
+    train_step = make_train_step(
+        run.graphdef,
+        optimizer,
+        config.distillation,
+        train_state_shardings(run.params, optimizer),
+        micro_batches=config.data.micro_batches,
+        vocab_size=run.sampling.vocab_size,
+        estimators=config.metrics.estimators,
+    )
+    rates = learning_rate(config.optimizer)
+    step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
 
-    with Checkpoints(checkpoint_folder(config), keep=config.checkpoint.keep) as checkpoints:
-        resumed = checkpoints.latest_step()
-        writer = Writer(
-            config.output_dir,
-            config.metrics,
-            total_steps=config.steps,
-            resume_from=resumed,
-            run_config=dataclasses.asdict(config),
-            active=sharding.is_main(),
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(_stop_on_signals())
+        checkpoints = stack.enter_context(
+            Checkpoints(checkpoint_folder(config), keep=config.checkpoint.keep)
         )
-        with writer:
-            writer.say(_describe(config, run))
-            if resumed is None:
-                params = run.params
-                if config.warm_start.steps:
-                    params = warm_start(
-                        run.graphdef,
-                        params,
-                        run.task,
-                        run.tokenizer,
-                        config.seed,
-                        config.warm_start,
-                        config.data,
-                        config.reprompt,
-                        run.mesh,
-                        lambda done, loss: writer.progress(
-                            "warm start", done, config.warm_start.steps, {"loss": loss}
-                        ),
-                    )
-                state, evaluated = init_train_state(params, optimizer), -1
-            else:
-                state, saved = checkpoints.restore(init_train_state(run.params, optimizer))
-                evaluated = saved["evaluated"]
-                writer.say(f"resumed at step {resumed} from {checkpoint_folder(config)}")
-            run = run._replace(params=None)  # the state holds them now, and donates them
-            broken = 0
+        resumed = checkpoints.latest_step()
+        writer = stack.enter_context(_open_writer(config, resumed))
+        writer.say(_describe(config, run))
+        state, evaluated = _first_state(config, run, optimizer, checkpoints, writer)
+        run = run._replace(params=None)  # the state holds them now, and donates them
+        broken = 0
 
-            while True:
-                step = int(state.step)
-                if step != evaluated and _is_due(config, step) and not stopping():
-                    _evaluate(
-                        config,
-                        run,
-                        state.student,
-                        evaluation_key,
-                        step,
-                        writer,
-                        checkpoints,
-                    )
-                    evaluated = step
-                stop = stopping()
-                if stop or step == config.steps or (step != resumed and _saves(config, step)):
-                    checkpoints.save(step, state, {"evaluated": evaluated})
-                if stop or step == config.steps:
-                    checkpoints.wait()
-                    break
+        while True:
+            step = int(state.step)
+            if step != evaluated and _is_due(config, step) and not stopping():
+                _evaluate(config, run, state.student, evaluation_key, step, writer, checkpoints)
+                evaluated = step
+            ends = (stopped := stopping()) or step == config.steps
+            if ends or (step != resumed and _saves(config, step)):
+                checkpoints.save(step, state, {"evaluated": evaluated})
+            if ends:
+                break
 
-                started = time.perf_counter()
-                indices = batch_indices(step=step)
-                questions = [
-                    run.task.train[int(i)] for i in indices[sharding.host_rows(len(indices))]
-                ]
-                rollouts = _rollout(
-                    config, run, state.student, questions, jax.random.fold_in(step_key, step)
+            started = time.perf_counter()
+            indices = batch_indices(step=step)
+            mine = indices[sharding.host_rows(len(indices))]
+            questions = [run.task.train[int(index)] for index in mine]
+            key = jax.random.fold_in(step_key, step)
+            rollouts = _rollout(config, run, state.student, questions, key)
+            sampled = time.perf_counter()
+            outcomes = verify(run.task, questions, rollouts.texts)
+            contexts = _reprompt(config, run, questions, rollouts, outcomes, step)
+            prompted = time.perf_counter()
+            batch = sharding.to_global(data.make_batch(rollouts, contexts), run.mesh)
+            updates = int(information_state(state.opt_state).count)
+            state, measured = train_step(state, batch)
+            # Nothing is gained by fetching one step late: the next answers need this student.
+            measured = {name: float(value) for name, value in jax.device_get(measured).items()}
+            ended = time.perf_counter()
+
+            row = _summarise(config, run, rollouts, outcomes, contexts)
+            tokens = row.pop("tokens")
+            row |= measured | {
+                "lr": float(np.asarray(rates(updates))),
+                "time/rollout": sampled - started,
+                "time/reprompt": prompted - sampled,
+                "time/train": ended - prompted,
+                "tokens_per_second/rollout": tokens / (sampled - started),
+                "tokens_per_second/train": tokens / (ended - prompted),
+                "compilations": train_step._cache_size() + sampler.compilations(),
+            }
+            writer.write(step + 1, row)
+            writer.samples(step + 1, _records(run, questions, rollouts, outcomes, contexts))
+            broken = 0 if measured["finite"] else broken + 1
+            if broken == MOST_BROKEN_STEPS:
+                raise RuntimeError(
+                    f"{broken} updates in a row were not finite; {checkpoint_folder(config)} "
+                    "has the newest state"
                 )
-                sampled = time.perf_counter()
-                outcomes = verify(run.task, questions, rollouts.texts)
-                contexts = _reprompt(config, run, questions, rollouts, outcomes, step)
-                prompted = time.perf_counter()
-                batch = sharding.to_global(data.make_batch(rollouts, contexts), run.mesh)
-                lr = float(rates(information_state(state.opt_state).count))
-                state, measured = train_step(state, batch)
-                # Nothing is gained by fetching one step late: the next answers need this student.
-                measured = {name: float(value) for name, value in jax.device_get(measured).items()}
-                ended = time.perf_counter()
-
-                row = _summarise(config, run, rollouts, outcomes, contexts)
-                tokens = row.pop("tokens")
-                row |= measured | {
-                    "lr": lr,
-                    "time/rollout": sampled - started,
-                    "time/reprompt": prompted - sampled,
-                    "time/train": ended - prompted,
-                    "tokens_per_second/rollout": tokens / (sampled - started),
-                    "tokens_per_second/train": tokens / (ended - prompted),
-                    "compilations": train_step._cache_size() + sampler.compilations(),
-                }
-                writer.write(step + 1, row)
-                writer.samples(step + 1, _records(run, questions, rollouts, outcomes, contexts))
-                broken = 0 if measured["finite"] else broken + 1
-                if broken == MOST_BROKEN_STEPS:
-                    raise RuntimeError(
-                        f"{broken} updates in a row had no finite loss or gradient; the state before "
-                        f"them is kept, last saved in {checkpoint_folder(config)}"
-                    )
-            writer.say(f"{'stopped' if stop else 'done'} at step {step}: {config.output_dir}")
-    return STOPPED if stop else 0
+        checkpoints.wait()
+        writer.say(f"{'stopped' if stopped else 'done'} at step {step}: {config.output_dir}")
+    return STOPPED if stopped else 0
 
 
 # ---- parts of the loop ---------------------------------------------------------------------------
+
+
+def _open_writer(config: Config, resumed: int | None) -> Writer:
+    return Writer(
+        config.output_dir,
+        config.metrics,
+        total_steps=config.steps,
+        resume_from=resumed,
+        run_config=dataclasses.asdict(config),
+        active=sharding.is_main(),
+    )
+
+
+def _first_state(config, run, optimizer, checkpoints, writer) -> tuple[TrainState, int]:
+    """The newest checkpoint, or the model after its warm start; and the step evaluated last."""
+    if checkpoints.latest_step() is not None:
+        like = abstract_train_state(run.params, optimizer)
+        jax.tree.map(lambda p: p.delete(), run.params)  # room for what is restored
+        state, saved = checkpoints.restore(like)
+        writer.say(f"resumed at step {int(state.step)} from {checkpoint_folder(config)}")
+        return state, saved["evaluated"]
+    params = run.params
+    if config.warm_start.steps:
+        params = warm_start(
+            run.graphdef,
+            params,
+            run.task,
+            run.tokenizer,
+            config.seed,
+            config.warm_start,
+            config.data,
+            config.reprompt,
+            run.mesh,
+            lambda done, loss: writer.progress(
+                "warm start", done, config.warm_start.steps, {"loss": loss}
+            ),
+        )
+    return init_train_state(params, optimizer), -1
 
 
 def _rollout(
@@ -311,7 +319,7 @@ def _preflight(config, run, student, key, writer) -> dict[str, float]:
         accuracy[f"preflight/{name}"] = float(sharding.gather_rows(rewards, len(questions)).mean())
     plain, helped = accuracy.values()
     writer.say(
-        f"pre-flight: {plain:.1%} right without a demonstration in the prompt, {helped:.1%} with one"
+        f"pre-flight: {plain:.1%} right without a demonstration in the prompt, {helped:.1%} with"
     )
     if helped <= plain:
         writer.warn(
@@ -400,10 +408,11 @@ def _saves(config: Config, step: int) -> bool:
     return config.checkpoint.every > 0 and step % config.checkpoint.every == 0
 
 
-def _stop_on_signals() -> Callable[[], bool]:
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
     """SIGTERM and SIGINT ask the loop to save and end; a second SIGINT interrupts at once.
 
-    Returns:
+    Yields:
       Whether any process was asked; all hosts must call it together and get the same answer.
     """
     asked = []
@@ -414,9 +423,12 @@ def _stop_on_signals() -> Callable[[], bool]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
-    return lambda: bool(sharding.agree_max([len(asked)])[0])
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(sharding.agree_max([len(asked)])[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_rows(config: Config, mesh: Mesh) -> None:
@@ -463,8 +475,8 @@ def _describe(config: Config, run: Run) -> str:
     shape = " x ".join(f"{name} {count}" for name, count in run.mesh.shape.items())
     device = run.mesh.devices.flat[0].device_kind
     return (
-        f"{run.task.name}: {len(run.task.train):,} questions to train on, {len(run.task.test):,} held "
-        f"out; {size:,} parameters on {run.mesh.size} {device} ({shape}); {config.steps} updates"
+        f"{run.task.name}: {len(run.task.train):,} questions, {len(run.task.test):,} held out; "
+        f"{size:,} parameters on {run.mesh.size} {device} ({shape}); {config.steps} updates"
     )
 
 

@@ -33,7 +33,7 @@ class WarmStartConfig:
     examples_per_step: int = 64
     """Worked examples in a step."""
     learning_rate: float = 1e-3
-    """AdamW's peak rate, after a linear warm-up over a tenth of the steps; it ends at 0 (cosine)."""
+    """AdamW's peak rate: linear warm-up over a tenth of the steps, then a cosine to 0."""
 
     def __post_init__(self):
         require(

@@ -1,4 +1,5 @@
-"""What every test runs under: eight CPU devices, strict broadcasting, no network, one compile cache."""
+"""What every test runs under: eight CPU devices, strict broadcasting, no network, one compile
+cache."""
 
 import os
 

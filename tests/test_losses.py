@@ -43,7 +43,8 @@ def test_divergences_follow_their_definitions(seed, weight):
         np.testing.assert_allclose(ours, value, rtol=1e-4, atol=1e-6)
 
 
-# Beyond a scale of about 5 the top k can hold all but 1e-7, where float32 no longer resolves the tail.
+# Beyond a scale of about 5 the top k can hold all but 1e-7, where float32 no longer resolves the
+# tail.
 @given(seed=st.integers(0, 10_000), scale=st.floats(0.1, 5), top_k=st.integers(1, 7))
 def test_jsd_is_at_most_ln_2_and_top_k_with_tail_is_at_most_the_full_value(seed, scale, top_k):
     student, teacher = logits(seed, scale=scale), logits(seed + 1, scale=scale)
@@ -55,7 +56,8 @@ def test_jsd_is_at_most_ln_2_and_top_k_with_tail_is_at_most_the_full_value(seed,
 
 
 def test_renormalised_top_k_can_exceed_the_full_value_so_the_tail_is_not_decoration():
-    # Student and teacher differ inside the student's top 2 only by a little of their mass: renormalising inflates it.
+    # Student and teacher differ inside the student's top 2 only by a little of their mass:
+    # renormalising inflates it.
     student = jnp.log(jnp.array([[[0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1]]]))
     teacher = jnp.log(jnp.array([[[0.02, 0.2, 0.38, 0.1, 0.1, 0.1, 0.1]]]))
     full = divergence(student, teacher, kind="forward_kl")

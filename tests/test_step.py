@@ -192,10 +192,9 @@ def test_a_gradient_that_is_not_finite_skips_the_update():
     before = jax.device_get(state)
     broken = dict(before.teacher, norm=np.full_like(before.teacher["norm"], np.nan))
     state = state._replace(teacher=jax.device_put(broken, mesh.devices.flat[0]))
-    state = jax.device_put(state, train_state_shardings(state.student, make_optimizer(OptimizerConfig())))
-    state, measured = step(state, sharding.to_global(BATCHES[0], mesh))
-    assert measured["skipped"] == 1
-    assert measured["finite"] == 0
+    state = jax.device_put(state, train_state_shardings(state.student,
+    make_optimizer(OptimizerConfig()))) state, measured = step(state, sharding.to_global(BATCHES[0],
+    mesh)) assert measured["skipped"] == 1 assert measured["finite"] == 0
     chex.assert_trees_all_equal(jax.device_get(state.student), before.student)
 
 
