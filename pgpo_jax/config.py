@@ -11,7 +11,7 @@ from typing import Any
 
 import draccus
 import yaml
-from draccus.utils import DecodingError
+from draccus.utils import DecodingError, ParsingError
 
 from pgpo_jax.checkpoint import CheckpointConfig
 from pgpo_jax.data import DataConfig
@@ -67,7 +67,7 @@ class Config:
 
     def __post_init__(self):
         require(
-            "config",
+            "",
             self,
             seed=(self.seed >= 0, "at least 0"),
             steps=(self.steps >= 0, "at least 0"),
@@ -100,7 +100,7 @@ def load(path: str | None, overrides: Sequence[str] = (), prog: str | None = Non
         if not stop.code:
             raise
         raise InputError(stderr.getvalue().strip().splitlines()[-1]) from stop
-    except (DecodingError, TypeError, ValueError, AttributeError) as error:
+    except (DecodingError, ParsingError, TypeError, ValueError, AttributeError) as error:
         raise _as_input_error(error, path) from error
 
 

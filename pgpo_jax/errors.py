@@ -35,10 +35,11 @@ def require(section: str, config: object, **rules: tuple[bool, str]) -> None:
     """Raises `InputError` for the first field of a config section whose rule does not hold.
 
     Args:
-      section: Name of the section, as in the configuration file.
+      section: Name of the section, as in the configuration file; empty for the top level.
       config: The section's dataclass.
       **rules: Field name -> (whether the rule holds, the rule in words after "must be").
     """
     for field, (holds, rule) in rules.items():
         if not holds:
-            raise InputError(f"{section}.{field}: got {getattr(config, field)!r}; must be {rule}")
+            name = f"{section}.{field}" if section else field
+            raise InputError(f"{name}: got {getattr(config, field)!r}; must be {rule}")

@@ -1,0 +1,68 @@
+"""Configurations: files, overrides, and one clear line for every mistake."""
+
+import pathlib
+
+import pytest
+
+from pgpo_jax import config
+from pgpo_jax.errors import InputError
+
+CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_dumped_configuration_is_the_same_configuration(path, tmp_path):
+    loaded = config.load(str(path), ["--seed", "7", "--optimizer.alpha", "0.25"])
+    assert (loaded.seed, loaded.optimizer.alpha) == (7, 0.25)
+    copy = tmp_path / "config.yaml"
+    copy.write_text(config.dump(loaded))
+    assert config.load(str(copy)) == loaded
+
+
+def test_overrides_take_both_forms_and_null():
+    overrides = ["--steps=3", "--distillation.top_k", "null", "--mesh.fsdp", "2"]
+    loaded = config.load(None, overrides)
+    assert (loaded.steps, loaded.distillation.top_k, loaded.mesh.fsdp) == (3, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("optimizer: {alpah: 1}", [], "alpah"),
+        ("optimizer: {alpha: fast}", [], "optimizer.alpha"),
+        ("optimizer: {rho_max: 0.5, rho_min: 1.0}", [], "optimizer.rho_max: got 0.5; must be"),
+        ("distillation: {kind: kl}", [], "kind"),
+        ("steps: 1.5", [], "steps"),
+        ("- a list", [], "must be fields and values"),
+        ("a: [", [], "not valid YAML"),
+        ("steps: 1", ["--optimizer.alfa", "1"], "did you mean --optimizer.alpha"),
+        ("steps: 1", ["--distillation.kind", "kl"], "kind"),
+        ("steps: 1", ["--steps", "many"], "steps"),
+        ("steps: -1", [], "steps: got -1; must be at least 0"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_field(text, overrides, message, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        config.load(str(path), overrides)
+    assert message in str(error.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(InputError, match=r"no-such-file\.yaml cannot be read"):
+        config.load("no-such-file.yaml")
+
+
+def test_no_configuration_at_all_says_what_to_give():
+    with pytest.raises(InputError, match=r"python -m pgpo_jax\.train configs/"):
+        config.from_command_line([], "train")
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.from_command_line(["--help"], "train")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    missing = [name for name in config._field_names(config.Config) if f"--{name}" not in text]
+    assert not missing
