@@ -396,7 +396,8 @@ def _open(folder: Path) -> dict[str, _Tensor]:
     if listing.is_file():
         files = [folder / name for name in sorted(set(_read_json(listing)["weight_map"].values()))]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        single = folder / "model.safetensors"  # some repositories hold other forms beside it
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"model.path: got {folder} without *.safetensors; convert it to these")
     tensors = {}
