@@ -109,7 +109,7 @@ def distill(
         heads = head.astype(hidden.dtype), teacher_head.astype(rows.teacher_hidden.dtype)
         terms, d_hidden, d_head = walk(hidden, rows, *heads, with_gradient=with_gradient)
         weight = rows.weights * terms.weight
-        loss = jnp.sum(jnp.where(weight != 0, terms.divergence, 0) * weight)
+        loss = jnp.sum(jnp.where(rows.weights != 0, weight * terms.divergence, 0))
         return (loss, terms), (d_hidden, jax.tree.map(lambda x: x.astype(head.dtype), d_head))
 
     @jax.custom_vjp
@@ -263,10 +263,11 @@ def _over_chunks(
         if not with_gradient:
             return None, (divergence(student)[1], None)
         value, gradient_of, terms = jax.vjp(divergence, student, has_aux=True)
-        weight = rows.weights * terms.weight
+        (d_logits,) = gradient_of(rows.weights * terms.weight)
         # A token that does not count may hold anything, NaN included.
-        d_logits = jnp.where(weight[:, None] != 0, gradient_of(weight)[0], 0)
-        d_logits = _keep(d_logits, None, tensor)
+        counts = rows.weights[:, None] != 0
+        d_logits = _keep(jnp.where(counts, d_logits, 0), None, tensor)
+        hidden = jnp.where(counts, hidden, 0)
         d_hidden = jnp.einsum(
             "cv,vd->cd",
             d_logits.astype(hidden.dtype),
