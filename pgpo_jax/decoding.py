@@ -266,6 +266,9 @@ def programs(
         outer, layer_weights = weights
         decoder = nnx.merge(graphdef, {**outer, "layers": layer_weights[0]})  # fed layer by layer
         key = jax.random.wrap_key_data(key_data, impl=key_type)
+        fold = jax.vmap(jax.random.fold_in)
+        keys = fold(jnp.broadcast_to(key, state.question.shape), state.question)
+        keys = fold(keys, state.sample)
         ends = jnp.asarray(rule.end_tokens, jnp.int32)
         ring = state.cache.positions.shape[1] - state.prompt_columns
         began = jnp.sum(state.active)
@@ -281,9 +284,7 @@ def programs(
             # Slots that have ended go on, unseen: their columns are cleared when they are refilled.
             column = state.prompt_columns + state.steps % ring
             hidden, cache = _feed(decoder, layer_weights, state, column)
-            indices = jnp.stack([state.question, state.sample, state.count], axis=1)
-            keys = jax.vmap(lambda index: functools.reduce(jax.random.fold_in, index, key))(indices)
-            token, log_prob = draw(decoder.logits(hidden), keys, rule)
+            token, log_prob = draw(decoder.logits(hidden), fold(keys, state.count), rule)
             token = jnp.where(state.active, token, state.token)
             count = state.count + state.active
             ended = jnp.any(token[:, None] == ends[None, :], axis=1) | (count >= state.limit)
