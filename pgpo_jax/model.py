@@ -1,8 +1,8 @@
 """One decoder for Qwen3, Qwen2, Llama 3 / SmolLM2 and OLMo 2 / 3, driven by their `config.json`.
 
 Layers are stacked `[layer, ...]` and scanned, so that compile time does not grow with depth.
-Parameters are float32, the computation runs in `Options.dtype`; norms, rotations, softmax and logits
-are float32.
+Parameters are float32, the computation runs in `Options.dtype`; norms, rotations, softmax and
+logits are float32.
 """
 
 import dataclasses
@@ -170,7 +170,7 @@ class Decoder(nnx.Module):
     def hidden(
         self, tokens: Int[Array, "row time"], mask: Bool[Array, "row time"] | None = None
     ) -> Float[Array, "row time hidden"]:
-        """Hidden states after the final norm, in the compute type; finite and meaningless at padding.
+        """Hidden states after the final norm, in the compute type; meaningless (finite) at padding.
 
         Args:
           tokens: `[row, time]`.
@@ -240,7 +240,7 @@ class Decoder(nnx.Module):
         cache: Cache,
         column: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "row time hidden"], Cache]:
-        """Writes tokens into the cache and returns their hidden states: prefill, or a decoding step.
+        """Writes tokens into the cache and returns their hidden states: prefill or decoding.
 
         Args:
           tokens: `[row, time]`, the new tokens.
@@ -359,7 +359,7 @@ class Decoder(nnx.Module):
 
         def group(carry: Any, inputs: tuple[Any, dict[str, Array]]) -> tuple[Any, None]:
             first, stacked = inputs
-            # The gradient of a split is one concatenation, that of slices many sums of whole arrays.
+            # The gradient of a split is one concatenation, that of slices sums of whole arrays.
             parts = {name: lax.split(array, (1,) * period) for name, array in stacked.items()}
             for i in range(period):
                 carry = step(

@@ -127,7 +127,7 @@ def _parse(
         settings.pop("partial_rotary_factor")
     if theta is not None and settings.setdefault("rope_theta", theta) != theta:
         raise InputError(
-            f"rope_theta: got {theta} and {settings['rope_theta']} ({layer_type}); remove one of them"
+            f"rope_theta: got {theta} and {settings['rope_theta']} ({layer_type}); remove one"
         )
     settings.setdefault("rope_theta", default_theta)
     if unused := settings.keys() - SETTINGS[rope_type]:
