@@ -28,7 +28,7 @@ from pgpo_jax.config import Config
 from pgpo_jax.data import Contexts, Rollouts
 from pgpo_jax.errors import InputError, command
 from pgpo_jax.evaluate import answer, evaluate, verify
-from pgpo_jax.metrics import Writer
+from pgpo_jax.metrics import Writer, count_compilations
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
 from pgpo_jax.reprompt import reprompt
 from pgpo_jax.rollout import rollout
@@ -116,6 +116,7 @@ def train(config: Config) -> int:
 
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(_stop_on_signals())
+        compiled = stack.enter_context(count_compilations())
         checkpoints = stack.enter_context(
             Checkpoints(checkpoint_folder(config), keep=config.checkpoint.keep)
         )
@@ -163,7 +164,7 @@ def train(config: Config) -> int:
                 "time/train": ended - prompted,
                 "tokens_per_second/rollout": tokens / (sampled - started),
                 "tokens_per_second/train": tokens / (ended - prompted),
-                "compilations": train_step._cache_size() + sampler.compilations(),
+                "compilations": compiled.total(),
             }
             writer.write(step + 1, row)
             writer.samples(step + 1, _records(run, questions, rollouts, outcomes, contexts))

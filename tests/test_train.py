@@ -89,7 +89,8 @@ def test_a_run_leaves_the_files_and_metrics_that_scripts_rely_on(write, tmp_path
     steps = [row for row in metrics if "loss" in row]
     assert steps[0]["lr"] == 0
     assert steps[1]["lr"] == pytest.approx(5e-4)
-    assert [row["compilations"] for row in steps[1:]] == [steps[1]["compilations"]] * 3
+    assert steps[0]["compilations"] > 0
+    assert steps[3]["compilations"] == steps[2]["compilations"]  # nothing new in the last step
     samples = rows(folder / "samples.jsonl")
     assert {"prompt", "response", "reward", "teacher_prompt", "step"} <= set(samples[0])
     assert config.load(str(folder / "config.yaml")).sampling.num_samples == 2
