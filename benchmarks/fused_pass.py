@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 import measure
 
-from pgpo_jax import fused, hlo, model, sharding
+from pgpo_jax import fused, hlo, hlo_cost, model, sharding
 from pgpo_jax.data import Batch
 from pgpo_jax.information import Estimator
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
-from pgpo_jax.step import TrainState, make_train_step, train_state_shardings
+from pgpo_jax.step import abstract_train_state, make_train_step, train_state_shardings
 
 ESTIMATORS: tuple[Estimator, ...] = (
     "entropy_gap",
@@ -159,7 +159,8 @@ def make_inputs(tokens, vocab, embed, hidden_dtype, head_dtype):
 def compiled_costs(function, arguments):
     """Operations, bytes and memory of a compiled module, loops counted as often as they run."""
     compiled = function.lower(*arguments).compile()
-    cost, memory = hlo.cost(compiled.as_text()), compiled.memory_analysis()
+    cost = hlo_cost.total(hlo_cost.operations(hlo.parse(compiled.as_text())))
+    memory = compiled.memory_analysis()
     return {
         "products": cost.matrix_flops,
         "flops": cost.flops,
@@ -185,8 +186,7 @@ def step_costs(architecture, config, rows, prompt, response):
     params = jax.tree.map(place, model.param_shapes(model_config))
     optimizer = make_optimizer(OptimizerConfig())
     where = train_state_shardings(params, optimizer)
-    opt_state = jax.eval_shape(optimizer.init, params)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, params, opt_state)
+    state = abstract_train_state(params, optimizer)
     tokens, mask = functools.partial(jnp.zeros, dtype=int), functools.partial(jnp.ones, dtype=bool)
     batch = jax.eval_shape(
         lambda: Batch(
@@ -201,7 +201,7 @@ def step_costs(architecture, config, rows, prompt, response):
         )
     )
     step = make_train_step(graphdef, optimizer, config, where)
-    return compiled_costs(step, jax.tree.map(place, (state, batch)))
+    return compiled_costs(step, (state, jax.tree.map(place, batch)))
 
 
 def gradient_error(vocab, embed, config):
