@@ -35,8 +35,8 @@ def attend(
       key: `[row, time, kv_head, head_dim]`; several heads share a key head.
       value: As `key`.
       window: A token sees itself and `window - 1` tokens before it; None = all before it.
-      kernel: `auto` takes splash on TPU for rows of a multiple of 512 and at least 1024 tokens,
-        cudnn on a GPU in 16 bits, else xla.
+      kernel: `auto` takes splash on TPU for rows of at least 1024 tokens, filled up to blocks of
+        512, cudnn on a GPU in 16 bits, else xla.
       mesh: Over which rows and heads are split; only `splash` must be told.
 
     Raises:
@@ -45,14 +45,17 @@ def attend(
     time, head_dim = query.shape[1], query.shape[-1]
     if kernel == "auto":
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        if platform == "tpu" and time % BLOCK == 0 and time >= 2 * BLOCK:
+        if platform == "tpu" and time >= 2 * BLOCK:
             kernel = "splash"
+            # Rows end in padding that no token sees: more of it fills the last block.
+            fill = ((0, 0), (0, -time % BLOCK), (0, 0), (0, 0))
+            query, key, value = (jnp.pad(x, fill) for x in (query, key, value))
         elif platform == "gpu" and query.dtype.itemsize == 2 and head_dim % 8 == 0:
             kernel = "cudnn" if head_dim <= 128 else "xla"
         else:
             kernel = "xla"
     if kernel == "splash":
-        return _splash(query, key, value, window, mesh)
+        return _splash(query, key, value, window, mesh)[:, :time]
     return jax.nn.dot_product_attention(
         query,
         key,
