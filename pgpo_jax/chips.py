@@ -84,9 +84,8 @@ def chip_of(device: jax.Device) -> Chip:
     if device.device_kind in CHIPS:
         return CHIPS[device.device_kind]
     if device.platform == "tpu":
-        raise InputError(
-            f"--topology: got a chip {device.device_kind}; must be one of {', '.join(CHIPS)}"
-        )
+        known = ", ".join(name for name in CHIPS if name.startswith("TPU"))
+        raise InputError(f"--topology: got a chip {device.device_kind}; must be one of {known}")
     if device.platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Chip(memory // len(jax.local_devices()), None, None, None)

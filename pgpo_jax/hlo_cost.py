@@ -386,7 +386,7 @@ def _collective(
 
 def group_size(attributes: str) -> int:
     """Devices that work together in a collective, from its `replica_groups`."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if mesh:
         axes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
