@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -28,17 +28,33 @@ def environment() -> dict[str, Any]:
     }
 
 
+class Seconds(NamedTuple):
+    """Seconds of every call, by name."""
+
+    wall: dict[str, list[float]]
+    cpu: dict[str, list[float]]
+    """Of the whole process, over all its threads: steadier where others use the machine too."""
+
+
 def paired(
     functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every call, the functions taking turns: noise of the machine hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    """Wall-clock seconds of every call, as `paired_cpu` takes them."""
+    return paired_cpu(functions, repeats, warm_up).wall
+
+
+def paired_cpu(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1
+) -> Seconds:
+    """Times every call, the functions taking turns: noise of the machine hits all alike."""
+    seconds = Seconds(*({name: [] for name in functions} for _ in range(2)))
     for index in range(warm_up + repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             jax.block_until_ready(function())
             if index >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds.wall[name].append(time.perf_counter() - start)
+                seconds.cpu[name].append(time.process_time() - start_cpu)
     return seconds
 
 

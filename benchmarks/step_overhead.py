@@ -11,6 +11,7 @@ once.
 
 import argparse
 
+import cases
 import jax
 import jax.numpy as jnp
 import measure
@@ -18,10 +19,14 @@ import numpy as np
 import optax
 
 from pgpo_jax import model, sharding
-from pgpo_jax.data import Batch
 from pgpo_jax.losses import DistillationConfig
-from pgpo_jax.optimizer import OptimizerConfig, ScaleByInformationState, learning_rate,
-make_optimizer from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
+from pgpo_jax.optimizer import (
+    OptimizerConfig,
+    ScaleByInformationState,
+    learning_rate,
+    make_optimizer,
+)
+from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
 
 PRESETS = {
     # The quickstart's model and batch.
@@ -37,7 +42,7 @@ PRESETS = {
             "num_key_value_heads": 4,
             "head_dim": 16,
         },
-        {"rows": 128, "prompt": 16, "response": 8},
+        {"rows": 128, "prompt": 16, "teacher_prompt": 24, "response": 8},
     ),
     "small": (
         {
@@ -51,27 +56,9 @@ PRESETS = {
             "num_key_value_heads": 2,
             "head_dim": 64,
         },
-        {"rows": 4, "prompt": 64, "response": 64},
+        {"rows": 4, "prompt": 64, "teacher_prompt": 128, "response": 64},
     ),
 }
-
-
-def make_batch(rows: int, prompt: int, response: int, vocab: int) -> Batch:
-    rng = np.random.default_rng(0)
-
-    def tokens(*shape):
-        return rng.integers(0, vocab, shape, np.int32)
-
-    return Batch(
-        tokens(rows, prompt),
-        np.ones((rows, prompt), bool),
-        tokens(rows, prompt + response),
-        np.ones((rows, prompt + response), bool),
-        tokens(rows, response),
-        np.ones((rows, response), bool),
-        np.ones(rows, bool),
-        np.full((rows, response), -np.log(vocab), np.float32),
-    )
 
 
 def plain_adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
@@ -102,7 +89,7 @@ def main() -> None:
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1))
     config = model.ModelConfig.from_hf(architecture)
     options = model.Options(dtype=jnp.float32, unroll=True)
-    batch = sharding.to_global(make_batch(**sizes, vocab=config.vocab_size), mesh)
+    batch = sharding.to_global(cases.make_batch(**sizes, vocab=config.vocab_size), mesh)
 
     def build(name, optimizer):
         graphdef, params = model.init(config, options, jax.random.key(0), mesh)
