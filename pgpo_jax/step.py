@@ -41,7 +41,7 @@ def init_train_state(params: Any, optimizer: optax.GradientTransformation) -> Tr
     """The state before the first update: the teacher is a copy of the student."""
     where = train_state_shardings(params, optimizer)
     return TrainState(
-        step=jax.device_put(jnp.zeros([], jnp.int32), where.step),
+        step=jax.jit(lambda: jnp.zeros([], jnp.int32), out_shardings=where.step)(),
         student=params,
         teacher=jax.tree.map(jnp.copy, params),  # a copy: the student's buffers are donated
         opt_state=init_state(optimizer, params),
