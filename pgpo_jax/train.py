@@ -125,6 +125,7 @@ def train(config: Config) -> int:
         writer.say(_describe(config, run))
         state, evaluated = _first_state(config, run, optimizer, checkpoints, writer)
         run = run._replace(params=None)  # the state holds them now, and donates them
+        stack.push(_name_the_missing)
         broken = 0
 
         while True:
@@ -430,6 +431,19 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _name_the_missing(kind, error, trace) -> bool:
+    """When another process died, the first to notice get a broken connection: say which it was."""
+    del kind, trace
+    if error is not None and jax.process_count() > 1 and not isinstance(error, InputError):
+        try:
+            sharding.barrier("failed", timeout=5)
+        except Exception as missing:  # the coordinator may be the one that is gone
+            print(
+                f"error: a process is gone: {missing}".splitlines()[0], file=sys.stderr, flush=True
+            )
+    return False  # the exception goes on
 
 
 def _check_rows(config: Config, mesh: Mesh) -> None:
