@@ -295,6 +295,9 @@ def _fusion_bytes(module: Module, computation: Computation, item: Instruction) -
 
 def _used(module: Module, inside: Computation, name: str) -> int | None:
     """Bytes of a fusion's parameter that are read, where only slices of it are; else None."""
+    result = root(inside)
+    if name == result.name or (result.opcode == "tuple" and name in result.operands):
+        return None
     read = 0
     for user in (item for item in inside.values() if name in item.operands):
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
@@ -313,7 +316,11 @@ def _used(module: Module, inside: Computation, name: str) -> int | None:
             for position, operand in enumerate(user.operands):
                 if operand != name:
                     continue
-                part = _used(module, within, _parameter(within, position))
+                parameter = _parameter(within, position)
+                if _source(within, root(within)) == parameter:  # a bitcast, wrapped
+                    part = _used(module, inside, user.name)
+                else:
+                    part = _used(module, within, parameter)
                 if part is None:
                     return None
                 read += part
@@ -328,6 +335,13 @@ def _parameter(computation: Computation, position: int) -> str:
         for name, item in computation.items()
         if item.opcode == "parameter" and item.operands[0] == str(position)
     )
+
+
+def _source(computation: Computation, item: Instruction) -> str:
+    """What a chain of bitcasts began with."""
+    while item.opcode in ("bitcast", "reshape"):
+        item = computation[item.operands[0]]
+    return item.name
 
 
 def _update(module: Module, inside: Computation, result: Instruction) -> int | None:

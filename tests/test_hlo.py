@@ -248,6 +248,36 @@ def test_a_fusion_that_reads_a_slice_and_updates_in_place_moves_only_these():
     assert cost(text).flops == 64
 
 
+@pytest.mark.parametrize(
+    ("use", "read"),
+    [
+        ("multiply(%seen, %seen)", 4096),
+        ("dynamic-slice(%seen, %zero, %zero), dynamic_slice_sizes={1,128}", 512),
+    ],
+)
+def test_a_bitcast_wrapped_in_a_fusion_of_its_own_hides_nothing(use, read):
+    shape = "f32[1,128]" if "slice" in use else "f32[8,128]"
+    fused = f"""
+%wrapped (w: f32[1024]) -> f32[8,128] {{
+  %w = f32[1024]{{0}} parameter(0)
+  ROOT %cast = f32[8,128]{{1,0}} bitcast(%w)
+}}
+
+%outer (v: f32[1024]) -> {shape} {{
+  %v = f32[1024]{{0}} parameter(0)
+  %zero = s32[] constant(0)
+  %seen = f32[8,128]{{1,0}} fusion(%v), kind=kLoop, calls=%wrapped
+  ROOT %out = {shape}{{1,0}} {use}
+}}
+"""
+    text = entry(
+        "%x = f32[1024]{0} parameter(0)",
+        f"ROOT %f = {shape}{{1,0}} fusion(%x), kind=kLoop, calls=%outer",
+        computations=fused,
+    )
+    assert cost(text).bytes == 2 * read
+
+
 def test_an_asynchronous_copy_counts_once():
     text = entry(
         "%x = f32[8,128]{1,0} parameter(0)",
