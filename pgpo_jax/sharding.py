@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pgpo_jax.errors import InputError
@@ -146,7 +146,14 @@ def make_mesh(
         raise InputError(
             f"mesh: got {_show(sizes)} = {total} devices; processes share all {len(devices)}"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * 3, devices=devices[:total])
+    axis_types = (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types, devices=devices[:total])
+    except NotImplementedError:  # on TPU: an axis of the mesh is a part of one of the slice
+        split = mesh_utils.create_device_mesh(
+            sizes, devices[:total], allow_split_physical_axes=True
+        )
+        return Mesh(split, MESH_AXES, axis_types=axis_types)
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
