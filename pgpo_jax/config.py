@@ -73,6 +73,13 @@ class Config:
             steps=(self.steps >= 0, "at least 0"),
             output_dir=(bool(self.output_dir), "a folder"),
         )
+        corrects = self.distillation.importance_cap is not None
+        if corrects and self.sampling.temperature != self.distillation.temperature:
+            raise InputError(
+                f"sampling.temperature: got {self.sampling.temperature}; importance weights compare "
+                f"with log-probs at distillation.temperature = {self.distillation.temperature}, so "
+                "make them equal, or set distillation.importance_cap to null"
+            )
 
 
 def load(path: str | None, overrides: Sequence[str] = (), prog: str | None = None) -> Config:

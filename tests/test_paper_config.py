@@ -1,0 +1,96 @@
+"""The paper's configuration, to the letter, at its real size but without its memory."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pgpo_jax import config, model, sharding
+from pgpo_jax.data import Batch
+from pgpo_jax.optimizer import learning_rate, make_optimizer
+from pgpo_jax.step import abstract_train_state, make_train_step, train_state_shardings
+
+PATH = pathlib.Path(__file__).parent.parent / "configs" / "sciknoweval_qwen3_8b.yaml"
+QWEN3_8B = {  # config.json of Qwen/Qwen3-8B, where it matters
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_theta": 1_000_000,
+    "max_position_embeddings": 40_960,
+    "tie_word_embeddings": False,
+}
+
+
+def test_its_settings_are_the_papers():
+    c = config.load(str(PATH))
+    assert (c.data.questions_per_step, c.sampling.num_samples) == (32, 8)
+    assert (c.data.max_prompt_length, c.sampling.max_response_length) == (2048, 8192)
+    assert c.data.template_options == {"enable_thinking": False}
+    assert c.reprompt.max_length == 10_240
+    assert (c.sampling.temperature, c.sampling.top_p, c.sampling.top_k) == (1.0, 1.0, None)
+    assert (c.distillation.kind, c.distillation.jsd_weight) == ("jsd", 0.5)
+    assert (c.distillation.top_k, c.distillation.tail) == (100, True)
+    assert (c.distillation.ema_rate, c.distillation.importance_cap) == (0.05, 2.0)
+    assert c.distillation.aggregation == "sequence_mean"
+    optimizer = c.optimizer
+    assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.9, 0.999, 1e-8)
+    assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.01, 1.0)
+    rates = [float(learning_rate(optimizer)(k)) for k in (0, 5, 10, 1000)]
+    np.testing.assert_allclose(rates, [0, 5e-6, 1e-5, 1e-5], rtol=1e-6)
+    assert c.optimizer.alpha in (0.5, 1.0, 1.5)
+    evaluation = c.evaluation
+    assert (evaluation.every, evaluation.num_samples) == (5, 16)
+    assert (evaluation.temperature, evaluation.top_p) == (0.6, 0.95)
+
+
+def test_its_update_can_be_traced_at_full_size():
+    c = config.load(str(PATH))
+    mesh = sharding.make_mesh(c.mesh)
+    architecture = model.ModelConfig.from_hf(QWEN3_8B)
+    shapes = model.param_shapes(architecture)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 8_190_735_360
+    where = sharding.shardings(model.param_axes(architecture), shapes, mesh)
+    params = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        where,
+    )
+    optimizer = make_optimizer(c.optimizer)
+    graphdef = model.make_graphdef(architecture, c.model.options())
+    step = make_train_step(
+        graphdef,
+        optimizer,
+        c.distillation,
+        train_state_shardings(params, optimizer),
+        micro_batches=c.data.micro_batches,
+        vocab_size=151_669,
+    )
+    rows = c.data.questions_per_step * c.sampling.num_samples
+
+    def array(width, dtype):
+        return jax.ShapeDtypeStruct((rows, width), dtype)
+
+    prompt, teacher_prompt = c.data.max_prompt_length, c.reprompt.max_length
+    time = c.sampling.max_response_length
+    batch = Batch(
+        prompts=array(prompt, jnp.int32),
+        prompt_mask=array(prompt, bool),
+        teacher_prompts=array(teacher_prompt, jnp.int32),
+        teacher_prompt_mask=array(teacher_prompt, bool),
+        responses=array(time, jnp.int32),
+        response_mask=array(time, bool),
+        has_context=jax.ShapeDtypeStruct((rows,), bool),
+        sampler_log_probs=array(time, jnp.float32),
+    )
+    state = abstract_train_state(params, optimizer)
+    after, measured = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert {"loss", "information", "multiplier"} <= measured.keys()
