@@ -36,6 +36,8 @@ CHIPS = {
     "NVIDIA H100 80GB HBM3": Chip(80 * GIB, 989e12, 3350e9, 450e9),
     "NVIDIA H200": Chip(141 * 10**9, 989e12, 4800e9, 450e9),
 }
+USABLE = 0.975
+"""The part of a chip's memory that programs get: 15.75 of 16 GiB on v5e, 31.25 of 32 on v6e."""
 # There is no TPU machine to ask, and libtpu complains at length of not knowing which it is on.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",

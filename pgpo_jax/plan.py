@@ -80,10 +80,12 @@ def compile_program(lowered: jax.stages.Lowered) -> Compiled:
 
 
 def _needed(message: str) -> int | None:
-    found = re.search(r"Used ([\d.]+)([KMGT])i?B? of", message)
+    """Bytes from "... (53.11G) exceeds available HBM (15.75G)" or "Used 53.11G of 15.75G hbm"."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", message)
     if found is None:
         return None
-    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))
+    value, unit = (part for part in found.groups() if part is not None)
+    return int(float(value) * 1024 ** ("KMGT".index(unit) + 1))
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         "per_chip": {**state, "activations": None, "temporaries": None, "total": None},
     }
     alone = sum(state.values())
-    if chip.hbm_bytes is not None and alone > chip.hbm_bytes:
+    if chip.hbm_bytes is not None and alone > chips.USABLE * chip.hbm_bytes:
         out["per_chip"]["total"] = alone
         return out | {"reason": "student, teacher, optimizer and gradients alone are too large"}
     try:
@@ -132,7 +134,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         total = error.needed and resident + error.needed
         return out | {"reason": "decoding is too large", "decode": {"total": total}}
     largest = max(step.total, out["decode"]["total"])
-    out["fits"] = chip.hbm_bytes is None or largest <= chip.hbm_bytes
+    out["fits"] = chip.hbm_bytes is None or largest <= chips.USABLE * chip.hbm_bytes
     if not out["fits"]:
         part = "the train step" if step.total == largest else "decoding beside the run's state"
         out["reason"] = f"{part} is too large"
@@ -284,7 +286,7 @@ def plan(config: Config, topology: str | None = None) -> dict[str, Any]:
         lengths = ("rows", "prompt", "teacher_prompt", "response")
         out |= {"batch": {name: getattr(setup, name) for name in lengths}}
         out |= measure(setup)
-        if out["flops_per_chip"] is not None:
+        if out["fits"]:
             out |= overhead(setup, out)
     if not out["fits"]:
         out["suggestion"] = suggest(config, devices)
@@ -346,16 +348,17 @@ def describe(found: dict[str, Any]) -> str:
         rows += [(f"  {name}", number(value, "s")) for name, value in parts if name != "total"]
         rows += [
             ("model FLOPs used, at best", number(found["estimated_mfu"], "of peak")),
-            ("operations, alpha over 0", number(found.get("pgpo_flops_ratio"), "x")),
         ]
+        if found["pgpo_flops_ratio"] is not None:
+            rows.append(("operations, alpha over 0", f"x {found['pgpo_flops_ratio']:.9f}"))
     if decode := found.get("decode"):
         rows.append(("decoding, with the state", gib(decode["total"])))
         if "cache" in decode:
             rows += [(f"  {name}", gib(decode[name])) for name in ("weights", "cache")]
             rows += [
                 ("  slots", str(found["slots"])),
-                ("  step, at best", number(decode["seconds_per_token"], "s")),
-                ("  all responses, at most", number(decode["rollout_seconds"], "s")),
+                ("  a token for every slot, at best", number(decode["seconds_per_token"], "s")),
+                ("  all responses at their longest", number(decode["rollout_seconds"], "s")),
             ]
     rows.append(("fits", "yes" if found["fits"] else f"no: {found['reason']}"))
     if not found["fits"]:
