@@ -1,0 +1,90 @@
+"""The benchmarks run at their smallest size and print what they promise."""
+
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+KEYS = {
+    "train_step": {
+        *("seconds_per_step", "cpu_seconds_per_step", "tokens_per_second", "mfu"),
+        *("speedup_over_torch", "compile_seconds", "peak_bytes", "device", "jax"),
+    },
+    "step_overhead": {"flops_ratio", "bytes_ratio", "time_ratio", "device", "jax"},
+}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a benchmark in this process and returns its last line, parsed."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        importlib.import_module(name).main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call
+
+
+def test_the_update_is_measured_without_torch_and_the_line_says_so(run):
+    result = run("train_step", "--preset", "tiny", "--repeats", "1", "--no-torch")
+    assert set(result) >= KEYS["train_step"]
+    assert result["speedup_over_torch"] is None
+    assert result["torch_absent"]
+    assert result["mfu"] > 0
+    assert result["tokens_per_second"] == pytest.approx(128 / result["seconds_per_step"])
+    assert all(part["seconds"] > 0 for part in result["parts"].values())
+
+
+@pytest.mark.slow
+def test_torch_computes_the_same_losses():
+    pytest.importorskip("torch")
+    command = [sys.executable, str(FOLDER / "train_step.py"), "--preset", "tiny"]
+    command += ["--repeats", "2", "--no-parts"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500).stdout
+    result = json.loads(out.splitlines()[-1])
+    assert result["speedup_over_torch"] > 0
+    assert result["loss_difference"] < 1e-4
+    assert result["losses"]["torch"][0] > 1e-3, "the two distributions should differ"
+
+
+@pytest.mark.slow
+def test_what_the_multiplier_costs_is_measured(run):
+    result = run("step_overhead", "--preset", "tiny", "--repeats", "1")
+    assert set(result) >= KEYS["step_overhead"]
+    assert result["flops_ratio"] < 1.005
+
+
+def test_tables_say_which_targets_were_missed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    tables = importlib.import_module("tables")
+    result = {"benchmark": "train_step_cpu_135m_cpu", "preset": "cpu_135m", "platform": "cpu"}
+    result |= {"speedup_over_torch": 1.25, "peers": {"torch": "2.13.0"}, "threads": 2}
+    (tmp_path / "train_step_cpu_135m_cpu.json").write_text(json.dumps(result))
+    readme = tmp_path / "README.md"
+    marked = "<!-- table: {} -->\n<!-- end -->\n"
+    readme.write_text(f"a\n{marked.format('train_step')}{marked.format('plan')}b")
+    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
+    with pytest.raises(SystemExit, match=r"run python benchmarks/tables.py"):
+        tables.main([*arguments, "--check"])
+    tables.main(arguments)
+    text = readme.read_text()
+    assert "| 1.25 (≥ 1.5: **missed**) |" in text
+    assert "torch 2.13.0" in text
+    assert "No results yet." in text
+    tables.main([*arguments, "--check"])
+    assert readme.read_text() == text
+
+
+def test_the_tables_of_the_readme_are_current(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    importlib.import_module("tables").main(["--check"])
+
+
+def test_the_list_of_gpu_runs_is_a_valid_script():
+    subprocess.run(["bash", "-n", str(FOLDER / "gpu.sh")], check=True)
