@@ -206,7 +206,7 @@ def programs(
         ),
         out_specs=cache_spec,
     )
-    def copy_rows(stored: Any, prefix: Any, copies: Array, number: Array) -> Any:
+    def copy_rows(stored: Any, prefix: Any, copies: Any, number: Any) -> Any:
         def copy(i: Array, stored: Any) -> Any:
             slot, row = copies[0, i, 0], copies[0, i, 1]
             return jax.tree.map(

@@ -141,7 +141,8 @@ def sample(
     ring = min(config.ring, longest)
     state, prefix = run.empty(slots=slots, columns=columns + ring), None
     shape = (questions * group, longest)
-    out = Samples(np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32))
+    out_tokens, out_mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    out_log_probs = np.zeros(shape, np.float32)
     response = np.zeros(slots, int)  # that a slot decodes
     active, count = np.zeros(slots, bool), np.zeros(slots, int)
     while queue.left or active.any():
@@ -163,16 +164,16 @@ def sample(
         report = sharding.fetch(report)
         for slot in np.flatnonzero(active):
             row, first, last = response[slot], count[slot], report.count[slot]
-            out.tokens[row, first:last] = report.tokens[slot, : last - first]
-            out.log_probs[row, first:last] = report.log_probs[slot, : last - first]
-            out.mask[row, first:last] = True
+            out_tokens[row, first:last] = report.tokens[slot, : last - first]
+            out_log_probs[row, first:last] = report.log_probs[slot, : last - first]
+            out_mask[row, first:last] = True
         active, count = report.active, report.count
 
     def place(array):
         array = array.reshape(questions, group, longest)
         return sharding.place(array, sharding.row_sharding(array.shape, mesh))
 
-    return Samples(*map(place, out))
+    return Samples(place(out_tokens), place(out_mask), place(out_log_probs))
 
 
 def lower_decode(

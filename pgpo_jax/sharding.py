@@ -95,14 +95,15 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
     if count == 1 or jax.distributed.is_initialized():
         return
     # Gloo lets CPU devices of several processes talk; the setting does nothing elsewhere.
-    timeouts = {
-        "initialization_timeout": config.timeout,
-        "heartbeat_timeout_seconds": config.heartbeat_timeout,
-    }
+    join = functools.partial(
+        jax.distributed.initialize,
+        initialization_timeout=config.timeout,
+        heartbeat_timeout_seconds=config.heartbeat_timeout,
+    )
     if address is None and count is None and process is None:
         if _cluster_detected():
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-            jax.distributed.initialize(**timeouts)
+            join()
         return
     if address is None or count is None or process is None:
         got = f"coordinator_address={address}, num_processes={count}, process_id={process}"
@@ -115,14 +116,10 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
     # JAX aborts without saying who is missing, so the processes first meet here on the same port.
     _roll_call(host.strip("[]"), int(port), count, process, config.timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        address, count, process, cluster_detection_method="deactivate", **timeouts
-    )
+    join(address, count, process, cluster_detection_method="deactivate")
 
 
-def make_mesh(
-    config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes `("data", "fsdp", "tensor")` over `devices` (default: all).
 
     On a single process a mesh with stated sizes may use fewer devices than there are (the first).
@@ -249,11 +246,12 @@ def to_host(tree: Any) -> Any:
 def fetch(tree: Any) -> Any:
     """Whole arrays as NumPy on every host; a collective when an array is spread over hosts."""
 
-    def whole(array):
+    def whole(array: Any):
         if not isinstance(array, jax.Array) or array.is_fully_addressable:
             return np.asarray(jax.device_get(array))
         if not array.is_fully_replicated:
-            array = _replicate(array.sharding.mesh)(array)
+            where: Any = array.sharding
+            array = _replicate(where.mesh)(array)
         return np.asarray(jax.device_get(array.addressable_data(0)))
 
     return jax.tree.map(whole, tree)

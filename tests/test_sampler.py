@@ -1,6 +1,10 @@
 """Sampling: what is drawn and from what, when it stops; slots, batch and mesh do not matter."""
 
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
 
 import hypothesis
 import hypothesis.extra.numpy as arrays
@@ -176,6 +180,47 @@ def test_every_mesh_gives_what_one_device_gives(drawn, sizes, slots):
     )
     assert samples.tokens.sharding.mesh == mesh
     assert_equal(jax.tree.map(np.asarray, samples), drawn)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(drawn, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    program = f"""
+import pathlib, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+sys.path[:0] = [{os.getcwd()!r}, {os.path.dirname(__file__)!r}]
+from pgpo_jax import sharding
+sharding.initialize(sharding.DistributedConfig(timeout=120))
+import dataclasses
+import numpy as np
+from test_sampler import KEY, MASK, PROMPTS, SAMPLING, make, sampler
+for sizes in [(2, 2, 2), (1, 1, 8)]:
+    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
+    own = sharding.host_rows(4)
+    prompts, mask = sharding.to_global((PROMPTS[own], MASK[own]), mesh)
+    samples = sampler.sample(
+        *make(mesh), prompts, mask, KEY, dataclasses.replace(SAMPLING, slots=8)
+    )
+    np.savez(sys.argv[1] + "_".join(map(str, sizes)), **sharding.to_host(samples)._asdict())
+"""
+    settings = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / f"{process}_")],
+            env=os.environ | settings | {"JAX_PROCESS_ID": str(process)},
+        )
+        for process in range(2)
+    ]
+    assert [process.wait(timeout=500) for process in started] == [0, 0]
+    for sizes in ("2_2_2", "1_1_8"):
+        parts = [np.load(tmp_path / f"{process}_{sizes}.npz") for process in range(2)]
+        fields = sampler.Samples._fields
+        whole = [np.concatenate([part[name] for part in parts]) for name in fields]
+        assert_equal(sampler.Samples(*whole), drawn)
 
 
 def test_a_mesh_of_eight_gives_what_one_device_gives(drawn):
