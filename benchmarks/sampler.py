@@ -48,7 +48,7 @@ class Preset:
     longest: int
     mean: int | None = None  # None: every response has the longest length
     dtype: Any = jnp.float32
-    recorded: float | None = None  # Tunix' tokens per second, measured on a machine like this
+    recorded: dict[str, float] | None = None  # Tunix, measured on an idle machine like this
 
 
 def qwen3(vocab: int, hidden: int, inner: int, layers: int, heads: int, kv: int, width: int):
@@ -69,10 +69,11 @@ TINY = qwen3(4096, 128, 384, 4, 4, 2, 32)
 SMALL = qwen3(49_152, 576, 1536, 30, 9, 3, 64)  # 134.5M parameters
 QWEN3_06B = qwen3(151_936, 1024, 3072, 28, 16, 8, 128)
 QWEN3_17B = qwen3(151_936, 2048, 6144, 28, 16, 8, 128)
+TUNIX = {"tokens_per_second": 64.0, "cpu_seconds": 7.47}
 PRESETS = {
     "tiny": Preset(TINY, 8, 4, slots=8, prompt=32, mean=50, longest=256),
     # The fixed case in which the JAX peers were measured.
-    "cpu_135m": Preset(SMALL, 4, 1, slots=4, prompt=64, longest=64, recorded=64.0),
+    "cpu_135m": Preset(SMALL, 4, 1, slots=4, prompt=64, longest=64, recorded=TUNIX),
     "cpu_135m_skewed": Preset(SMALL, 4, 4, slots=4, prompt=64, mean=200, longest=1024),
     "qwen3_0.6b": Preset(
         QWEN3_06B, 64, 16, slots=256, prompt=128, mean=200, longest=1024, dtype=jnp.bfloat16
@@ -271,7 +272,8 @@ def main() -> None:
         "bandwidth_bytes_per_second": speed,
         "tokens": total,
         "slots": preset.slots,
-        "tunix_recorded_tokens_per_second": preset.recorded,
+        "tunix_recorded": preset.recorded,
+        "load_average": os.getloadavg()[0],  # above the number of cores: others were at work
         "peers": {name: version_of(name) for name in ("torch", "transformers")},
     }
     measure.finish(f"sampler_{args.preset}_{jax.default_backend()}", result, args.save)
