@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -47,7 +47,7 @@ LIBTPU = {
 }
 
 
-def topology_devices(topology: str | None) -> list[jax.Device]:
+def topology_devices(topology: str | None) -> list[Any]:
     """Devices of a TPU slice that need not exist, such as `v5p:4x4x4`; the local ones for None.
 
     Raises:
@@ -77,7 +77,7 @@ def topology_devices(topology: str | None) -> list[jax.Device]:
     return list(described)
 
 
-def chip_of(device: jax.Device) -> Chip:
+def chip_of(device: Any) -> Chip:
     """What `CHIPS` knows of a device.
 
     Raises:

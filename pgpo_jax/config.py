@@ -76,9 +76,9 @@ class Config:
         corrects = self.distillation.importance_cap is not None
         if corrects and self.sampling.temperature != self.distillation.temperature:
             raise InputError(
-                f"sampling.temperature: got {self.sampling.temperature}; importance weights compare "
-                f"with log-probs at distillation.temperature = {self.distillation.temperature}, so "
-                "make them equal, or set distillation.importance_cap to null"
+                f"sampling.temperature: got {self.sampling.temperature}; must equal "
+                f"distillation.temperature = {self.distillation.temperature}, whose log-probs the "
+                "importance weights compare, unless distillation.importance_cap is null"
             )
 
 

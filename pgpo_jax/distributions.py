@@ -8,7 +8,7 @@ exactly nothing, in value and gradient.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 NEVER = -1e30
 """A finite stand-in for log 0: `0 * NEVER` and `NEVER - NEVER` are 0, where minus infinity would
@@ -48,3 +48,23 @@ def jensen_shannon(
     2 at w = 1/2."""
     log_m = jnp.logaddexp(log_p + jnp.log1p(-weight), log_q + jnp.log(weight))
     return (1 - weight) * kl(log_p, log_m) + weight * kl(log_q, log_m)
+
+
+def top_k_indices(
+    logits: Float[Array, "*batch vocab"], k: int, block: int = 16
+) -> Int[Array, "*batch k"]:
+    """Indices of the k largest logits, exactly those of `jax.lax.top_k`, ties included.
+
+    The k largest lie in the k blocks with the largest maxima, so two short searches replace the
+    long one: a tenth to sort at 152k rows and k = 100. Where the vocabulary is split over devices,
+    the partitioner would gather it for one search; so only maxima and the blocks found travel.
+    """
+    vocab = logits.shape[-1]
+    if vocab % block or vocab // block <= k:
+        return jax.lax.top_k(logits, k)[1]
+    blocks = logits.reshape(*logits.shape[:-1], vocab // block, block)
+    # In the vocabulary's order, so that ties fall as they would in one search.
+    found = jnp.sort(jax.lax.top_k(jnp.max(blocks, axis=-1), k)[1], axis=-1)
+    candidates = jnp.take_along_axis(blocks, found[..., None], axis=-2)
+    _, inside = jax.lax.top_k(candidates.reshape(*found.shape[:-1], k * block), k)
+    return jnp.take_along_axis(found, inside // block, axis=-1) * block + inside % block

@@ -104,7 +104,7 @@ def divergence(
 
 def _on_top_k(log_s, log_q, top_k: int, tail: bool):
     """Both distributions on the student's top k, each under its own full normaliser."""
-    _, indices = jax.lax.top_k(jax.lax.stop_gradient(log_s), top_k)
+    indices = distributions.top_k_indices(jax.lax.stop_gradient(log_s), top_k)
     log_s = jnp.take_along_axis(log_s, indices, axis=-1)
     log_q = jnp.take_along_axis(log_q, indices, axis=-1)
     if tail:

@@ -83,7 +83,7 @@ def architecture_of(section: hf.ModelSection) -> ModelConfig:
         ) from error
 
 
-def make_setup(config: Config, devices: Sequence[jax.Device]) -> Setup:
+def make_setup(config: Config, devices: Sequence[Any]) -> Setup:
     """Mesh and sizes.
 
     Raises:
@@ -139,7 +139,7 @@ def _graphdef(setup: Setup) -> Any:
 def abstract_batch(setup: Setup) -> Batch:
     """Shapes and shardings of the worst batch."""
 
-    def array(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+    def array(dtype: Any, *sizes: int) -> Any:
         shape = (setup.rows, *sizes)
         where = sharding.row_sharding(shape, setup.mesh)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)

@@ -328,9 +328,7 @@ class Decoder(nnx.Module):
             y = _norm(y, weights["post_attention_layernorm"], eps)
         x = x + y
         y = x if arch.post_norm else _norm(x, weights["post_attention_layernorm"], eps)
-        y = jax.nn.silu(y @ weights["gate_proj"].astype(dtype)) * (
-            y @ weights["up_proj"].astype(dtype)
-        )
+        y = _gated(y @ weights["gate_proj"].astype(dtype), y @ weights["up_proj"].astype(dtype))
         y = y @ weights["down_proj"].astype(dtype)
         if arch.post_norm:
             y = _norm(y, weights["post_feedforward_layernorm"], eps)
@@ -369,6 +367,9 @@ class Decoder(nnx.Module):
 
         if period == len(kinds):
             return group(carry, (0, weights))[0]
+        if period == 1:  # no axis of length 1 for the group: XLA would copy all weights for it
+            steps = (jnp.arange(len(kinds)), weights)
+            return lax.scan(lambda x, inputs: (step(kinds[0], *inputs, x), None), carry, steps)[0]
         weights = {
             name: array.reshape(-1, period, *array.shape[1:]) for name, array in weights.items()
         }
@@ -388,6 +389,17 @@ class Decoder(nnx.Module):
         return jax.checkpoint(layer, policy=saved[self.options.remat], prevent_cse=not scanned)
 
 
+# What a backward pass computes again at once: elementwise work, whose stored steps (five arrays for
+# the gate alone) would cost more to write and read than to repeat.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_recomputed
+def _gated(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+@functools.partial(_recomputed, static_argnums=2)
 def _norm(x: Array, weight: Array, eps: float) -> Array:
     """RMS norm (arXiv 1910.07467) over the axes of `weight`, the last ones, in float32."""
     y = x.astype(jnp.float32)

@@ -186,7 +186,7 @@ def _work(
     return work, chips.roofline(operations, chip)
 
 
-def arrangements(config: Config, devices: Sequence[jax.Device]) -> Iterator[Setup]:
+def arrangements(config: Config, devices: Sequence[Any]) -> Iterator[Setup]:
     """Setups that may fit where another does not, those that communicate least first.
 
     Parameters split over as many devices as there are rows at most (`fsdp`), heads over the rest
@@ -227,7 +227,7 @@ def _with_slots(setup: Setup, hbm_bytes: int | None, resident: int) -> Setup:
     return setup._replace(config=dataclasses.replace(setup.config, sampling=sampling), slots=slots)
 
 
-def suggest(config: Config, devices: Sequence[jax.Device]) -> dict[str, Any] | None:
+def suggest(config: Config, devices: Sequence[Any]) -> dict[str, Any] | None:
     """The first of a few arrangements that fits, compiled to be sure; None if none does."""
     for attempt, setup in enumerate(arrangements(config, devices)):
         if attempt == MOST_ATTEMPTS:

@@ -325,13 +325,33 @@ def load_sciknoweval(config: TaskConfig) -> Task:
         key = f"{config.domain}/{rows.column(row, 'idx', where)}"
         return _question(where, record, key)
 
+    def worked(question: Question) -> str:
+        return WORKED["multiple_choice"](question.answer)
+
+    questions = [question(*row) for row in train[: config.train_questions]]
     return Task(
         name=f"sciknoweval/{config.domain}",
-        train=[question(*row) for row in train[: config.train_questions]],
+        train=questions,
         test=[question(*row) for row in test[: config.test_questions]],
         verify=(_reward(config.reward) if config.reward else _verifier(config, "multiple_choice")),
-        demonstration=lambda question: WORKED["multiple_choice"](question.answer),
+        examples=_examples(questions, worked),
+        demonstration=worked,
     )
+
+
+def _examples(
+    questions: Sequence[Question], worked: Callable[[Question], str]
+) -> Callable[[np.random.Generator, int], list[Example]]:
+    """Worked examples for the warm start: every other one shows its response as a demonstration."""
+
+    def examples(rng: np.random.Generator, count: int) -> list[Example]:
+        picks = [questions[index] for index in rng.integers(len(questions), size=count)]
+        return [
+            Example(question, worked(question) if row % 2 else None, worked(question))
+            for row, question in enumerate(picks)
+        ]
+
+    return examples
 
 
 # --- data sets -----------------------------------------------------------------------------

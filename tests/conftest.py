@@ -27,3 +27,6 @@ def pytest_configure(config: pytest.Config) -> None:
     compilations = str(config.cache.mkdir("jax"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compilations
     jax.config.update("jax_compilation_cache_dir", compilations)
+    # Small programs too: a test's second run, and its second process, find the first one's.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

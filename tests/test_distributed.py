@@ -53,7 +53,9 @@ def finish(processes, timeout=300):
 def write(tmp_path):
     def write(name, **sections):
         path = tmp_path / f"{name}.yaml"
-        settings = {**TINY, "steps": 2, "mesh": {}, "output_dir": str(tmp_path / name), **sections}
+        folder = str(tmp_path / name)
+        plain = {"steps": 2, "mesh": {}, "warm_start": {}, "output_dir": folder}
+        settings = {**TINY, **plain, **sections}
         path.write_text(yaml.safe_dump(settings))
         return path
 

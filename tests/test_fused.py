@@ -334,8 +334,9 @@ def test_logits_of_all_tokens_never_exist(top_k):
 
 
 @pytest.mark.parametrize("shape", MESHES[2:], ids=str)
-def test_no_device_gathers_the_logits_of_others(shape):
-    config = losses.DistillationConfig(top_k=None, chunk_size=2)
+@pytest.mark.parametrize("top_k", [7, None])
+def test_no_device_gathers_the_logits_of_others(top_k, shape):
+    config = losses.DistillationConfig(top_k=top_k, chunk_size=2)
     text = compile_pass(config, shape=shape, vocab=4096).as_text()
     gathered = [
         line

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from pgpo_jax import distributions, losses
 from pgpo_jax.errors import InputError
@@ -212,3 +213,12 @@ def test_the_loss_does_not_depend_on_the_split_into_micro_batches(mode):
 def test_bad_settings_name_the_field(field, value):
     with pytest.raises(InputError, match=rf"distillation\.{field}: got .*; must be"):
         DistillationConfig(**{field: value})
+
+
+@given(
+    hnp.arrays(np.float32, (3, 64), elements=st.sampled_from([-2.0, 0.0, 0.5, 1.0, 3.0])),
+    st.integers(1, 20),
+)
+def test_the_search_in_blocks_finds_what_one_search_finds(logits, k):
+    wanted = jax.lax.top_k(logits, k)[1]
+    np.testing.assert_array_equal(distributions.top_k_indices(jnp.array(logits), k, 4), wanted)

@@ -54,10 +54,11 @@ def setup(
     )
     # Matrices of deviation 0.2: at 0.02 a tiny model's gradients are all rounding, and Adam's first
     # steps are the signs of the gradients.
-    params = jax.tree.map_with_path(
-        lambda path, p: p if "norm" in path[-1].key else 10 * p, params
+    params = jax.tree.map_with_path(lambda path, p: p if "norm" in path[-1].key else 10 * p, params)
+    # An eps of 1e-3, for at 1e-8 Adam also turns the rounding of a gradient near 0 into a full step.
+    optimizer = make_optimizer(
+        OptimizerConfig(alpha, learning_rate=learning_rate, warmup_steps=0, eps=1e-3)
     )
-    optimizer = make_optimizer(OptimizerConfig(alpha, learning_rate=learning_rate, warmup_steps=0))
     shardings = train_state_shardings(params, optimizer)
     step = make_train_step(
         graphdef,
@@ -80,6 +81,12 @@ def run(batches, **options):
 
 
 BATCHES = [make_batch(seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def single():
+    """State and measurements after all batches on one device, in one piece."""
+    return run(BATCHES)
 
 
 def test_loss_and_information_are_those_of_the_definitions():
@@ -114,23 +121,22 @@ def test_loss_and_information_are_those_of_the_definitions():
     np.testing.assert_allclose(measured["information"], gap, atol=1e-6)
 
 
-@pytest.mark.parametrize("micro_batches", [2, 8])
-def test_micro_batches_change_nothing(micro_batches):
-    whole, expected = run(BATCHES)
-    state, measured = run(BATCHES, micro_batches=micro_batches)
+def test_micro_batches_change_nothing(single):
+    whole, expected = single
+    state, measured = run(BATCHES, micro_batches=4)
     chex.assert_trees_all_close(state, whole, rtol=1e-4, atol=1e-6)
     for name, value in expected.items():
         np.testing.assert_allclose(measured[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
-def test_every_mesh_gives_the_losses_and_parameters_of_one_device(mesh):
-    single, expected = run(BATCHES)
+def test_every_mesh_gives_the_losses_and_parameters_of_one_device(mesh, single):
+    one, expected = single
     state, measured = run(BATCHES, mesh=mesh)
-    # Sums over devices in another order: float32, three updates of 1e-2.
-    chex.assert_trees_all_close(state, single, rtol=1e-3, atol=1e-5)
+    # Only the order of float32 sums differs.
+    chex.assert_trees_all_close(state, one, rtol=1e-4, atol=1e-6)
     for name, value in expected.items():
-        np.testing.assert_allclose(measured[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(measured[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
@@ -191,10 +197,11 @@ def test_a_gradient_that_is_not_finite_skips_the_update():
     _, step, state, mesh = setup()
     before = jax.device_get(state)
     broken = dict(before.teacher, norm=np.full_like(before.teacher["norm"], np.nan))
-    state = state._replace(teacher=jax.device_put(broken, mesh.devices.flat[0]))
-    state = jax.device_put(state, train_state_shardings(state.student,
-    make_optimizer(OptimizerConfig()))) state, measured = step(state, sharding.to_global(BATCHES[0],
-    mesh)) assert measured["skipped"] == 1 assert measured["finite"] == 0
+    where = jax.tree.map(lambda leaf: leaf.sharding, state.teacher)
+    state = state._replace(teacher=jax.device_put(broken, where))
+    state, measured = step(state, sharding.to_global(BATCHES[0], mesh))
+    assert measured["skipped"] == 1
+    assert measured["finite"] == 0
     chex.assert_trees_all_equal(jax.device_get(state.student), before.student)
 
 
