@@ -75,8 +75,10 @@ class Checkpoints:
           InputError: If `path` cannot be used, or is missing and `read_only`.
         """
         import orbax.checkpoint as ocp
+        from absl import logging
         from etils import epath
 
+        logging.set_verbosity(logging.ERROR)  # Orbax warns of the options that are chosen below
         self._ocp = ocp
         self._path = epath.Path(path)
         if read_only and not self._path.exists():
