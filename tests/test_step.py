@@ -55,7 +55,7 @@ def setup(
     # Matrices of deviation 0.2: at 0.02 a tiny model's gradients are all rounding, and Adam's first
     # steps are the signs of the gradients.
     params = jax.tree.map_with_path(lambda path, p: p if "norm" in path[-1].key else 10 * p, params)
-    # An eps of 1e-3, for at 1e-8 Adam also turns the rounding of a gradient near 0 into a full step.
+    # An eps of 1e-3: at 1e-8 Adam also turns the rounding of a gradient near 0 into a full step.
     optimizer = make_optimizer(
         OptimizerConfig(alpha, learning_rate=learning_rate, warmup_steps=0, eps=1e-3)
     )
