@@ -44,7 +44,7 @@ def percent(value: float) -> str:
 
 
 def gib(value: float) -> str:
-    return f"{value / 2**30:.3g} GiB"
+    return f"{plain(value / 2**30)} GiB"
 
 
 def always(relation: str, bound: float, unit: str = "") -> Callable[[Result], Target]:
