@@ -100,6 +100,7 @@ def test_a_devices_operations_fall_as_one_over_their_number(path):
     assert four == pytest.approx(one / 4, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_models_operations_are_those_that_the_step_computes(path):
     setup = setup_on(
         path, 1, "--model.remat", "none", "--mesh.data", "1", "--mesh.fsdp", "1",
