@@ -71,10 +71,14 @@ QWEN3_06B = qwen3(151_936, 1024, 3072, 28, 16, 8, 128)
 QWEN3_17B = qwen3(151_936, 2048, 6144, 28, 16, 8, 128)
 TUNIX = {"tokens_per_second": 64.0, "cpu_seconds": 7.47}
 PRESETS = {
-    "tiny": Preset(TINY, 8, 4, slots=8, prompt=32, mean=50, longest=256),
+    "tiny": Preset(TINY, 16, 4, slots=8, prompt=32, mean=50, longest=256),
     # The fixed case in which the JAX peers were measured.
     "cpu_135m": Preset(SMALL, 4, 1, slots=4, prompt=64, longest=64, recorded=TUNIX),
-    "cpu_135m_skewed": Preset(SMALL, 4, 4, slots=4, prompt=64, mean=200, longest=1024),
+    "cpu_135m_skewed": Preset(SMALL, 16, 4, slots=8, prompt=64, mean=200, longest=1024),
+    # The same at a quarter of the lengths, for slow machines.
+    "cpu_135m_short": Preset(SMALL, 16, 4, slots=8, prompt=64, mean=50, longest=256),
+    # Few responses per slot: the longest one outlives the queue, and refilling cannot help.
+    "cpu_135m_few": Preset(SMALL, 4, 4, slots=4, prompt=64, mean=200, longest=1024),
     "qwen3_0.6b": Preset(
         QWEN3_06B, 64, 16, slots=256, prompt=128, mean=200, longest=1024, dtype=jnp.bfloat16
     ),
