@@ -275,10 +275,10 @@ def count_compilations() -> Iterator[Counter[str]]:
     """Yields a count of what XLA compiles meanwhile, by the name of the jitted function."""
     counts: Counter[str] = Counter()
 
-    def heard(event: str, seconds: float, **about: Any) -> None:
-        del seconds
+    def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs
         if event == "/jax/core/compile/backend_compile_duration":
-            counts[str(about.get("fun_name", "unknown"))] += 1
+            counts[str(kwargs.get("fun_name"))] += 1
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     try:
