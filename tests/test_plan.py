@@ -237,8 +237,9 @@ def test_a_run_can_be_planned_for_a_tpu_slice_without_tpus(tmp_path):
     assert found.keys() >= KEYS
     assert (found["device"], found["chips"], found["fits"]) == ("TPU v5", 4, True)
     assert found["hbm_bytes"] == 95 * 2**30
-    # Everything is computed again in the backward pass, and splash attention counts.
-    assert 1 < found["flops_per_chip"] * 4 / found["model_flops"] < 2
+    # Splash attention counts; it works on whole blocks (here 2.6 times the scores that the mask
+    # leaves in the rows, which it also makes longer) and once more in the backward pass.
+    assert 1 < found["flops_per_chip"] * 4 / found["model_flops"] < 5
     assert 0 < found["estimated_mfu"] < 1
     assert found["estimated_step_seconds"] > 0
     assert found["decode"]["seconds_per_token"] > 0
