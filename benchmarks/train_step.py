@@ -375,7 +375,9 @@ def main() -> None:
         "load_average": os.getloadavg()[0],
         "peers": peer_versions,
     }
-    measure.finish(f"train_step_{args.preset}_{jax.default_backend()}", result, args.save)
+    name = f"train_step_{args.preset}_{jax.default_backend()}"
+    name += "" if args.threads is None else f"_{threads}_threads"
+    measure.finish(name, result, args.save)
 
 
 if __name__ == "__main__":
