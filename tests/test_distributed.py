@@ -102,4 +102,7 @@ def test_the_others_end_when_a_process_dies(write, tmp_path):
     codes, errors = finish(processes, timeout=90)
     assert time.monotonic() - began < 60
     assert codes[0] != 0
-    assert "error: a process is gone: barrier 'failed': process 1 of 2 did not come" in errors[0]
+    # Whichever notices first: our barrier after a broken connection, or JAX's missed heartbeats.
+    ours = "error: a process is gone: barrier 'failed': process 1 of 2 did not come"
+    jax_itself = "unhealthy (stopped sending heartbeats):\n1\n"
+    assert ours in errors[0] or jax_itself in errors[0]
