@@ -23,6 +23,10 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+# On Python 3.12 a restore that fails leaves a callback to Orbax's closed event loop behind.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0),
     optax.masked(optax.adamw(1e-3), {"layers": {"kernel": True}, "scale": False}),
