@@ -409,6 +409,7 @@ def test_our_model_agrees_with_transformers_reading_the_same_gguf(
     tmp_path: Path, architecture: str
 ) -> None:
     torch = pytest.importorskip("torch")
+    pytest.importorskip("accelerate", reason="transformers reads GGUF files with it")
     from transformers import AutoModelForCausalLM
 
     # transformers reads a head dimension for Llama only; others get their class's default.
