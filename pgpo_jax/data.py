@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pgpo_jax.errors import InputError
+from pgpo_jax.errors import InputError, require
 
 Host = np.ndarray
 Either = Array | np.ndarray
@@ -90,9 +90,13 @@ class DataConfig:
     """Options of the tokenizer's chat template, e.g. `{enable_thinking: false}` for Qwen3."""
 
     def __post_init__(self) -> None:
-        for name in ("questions_per_step", "micro_batches", "max_prompt_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"data.{name}: got {getattr(self, name)}, must be at least 1")
+        require(
+            "data",
+            self,
+            questions_per_step=(self.questions_per_step >= 1, "at least 1"),
+            micro_batches=(self.micro_batches >= 1, "at least 1"),
+            max_prompt_length=(self.max_prompt_length >= 1, "at least 1"),
+        )
 
 
 def bucket(length: int, maximum: int) -> int:
