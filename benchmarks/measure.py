@@ -44,12 +44,18 @@ def paired(
 
 
 def paired_cpu(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1
+    functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1, settle: int = 0
 ) -> Seconds:
-    """Times every call, the functions taking turns: noise of the machine hits all alike."""
+    """Times every call, the functions taking turns: noise of the machine hits all alike.
+
+    `settle` more calls, untimed, begin every turn: the memory that a function freed may have gone
+    back to the system, or a virtual machine's host, while others had theirs.
+    """
     seconds = Seconds(*({name: [] for name in functions} for _ in range(2)))
     for index in range(warm_up + repeats):
         for name, function in functions.items():
+            for _ in range(settle):
+                jax.block_until_ready(function())
             start, start_cpu = time.perf_counter(), time.process_time()
             jax.block_until_ready(function())
             if index >= warm_up:

@@ -17,6 +17,11 @@ operations, P without the embedding, and MFU is that, over the time, over the de
 `pgpo_jax.chips`, or on a CPU the rate of one large float32 product measured here. Tokens are those
 of the student's sequences, prompt and response.
 
+On a CPU most of the temporary memory is touched for the first time in every update; with pages of
+2 MiB that is cheap, so both sides run with them (glibc only), and torch's threads may not spin
+while the other side works:
+
+    export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 OMP_WAIT_POLICY=passive
     python benchmarks/train_step.py [--preset cpu_135m] [--repeats 5] [--no-torch] [--save]
 """
 
@@ -58,6 +63,7 @@ class Preset:
     recorded: dict[str, float] | None = None  # EasyDeL's sampled-token step, on a machine like this
 
 
+VARIABLES = ("GLIBC_TUNABLES", "OMP_WAIT_POLICY")  # of the environment, part of the result
 GPU = {"prompt": 512, "feedback": 512, "response": 1536, "dtype": jnp.bfloat16}
 PRESETS = {
     "tiny": Preset(cases.TINY, rows=4, prompt=16, feedback=8, response=16),
@@ -287,7 +293,7 @@ def main() -> None:
     functions = {"pgpo_jax": jax_call}
     if peer is not None:
         functions["torch"] = torch_call
-    measured = measure.paired_cpu(functions, args.repeats, warm_up=2)
+    measured = measure.paired_cpu(functions, args.repeats, settle=1)
     seconds = measure.Seconds({**measured.wall, **seconds.wall}, {**measured.cpu, **seconds.cpu})
     peak_memory = jax.local_devices()[0].memory_stats() or {}
     del state, peer, functions
@@ -373,6 +379,7 @@ def main() -> None:
         "cpu_seconds": seconds.cpu,
         "recorded_easydel": preset.recorded,
         "load_average": os.getloadavg()[0],
+        "variables": {name: os.environ.get(name) for name in VARIABLES},
         "peers": peer_versions,
     }
     name = f"train_step_{args.preset}_{jax.default_backend()}"
