@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from pgpo_jax import decoding, sharding
 from pgpo_jax.data import bucket
 from pgpo_jax.decoding import Entry, compilations
-from pgpo_jax.errors import InputError
+from pgpo_jax.errors import InputError, require
 
 __all__ = ["Samples", "SamplingConfig", "compilations", "lower_decode", "sample"]
 
@@ -59,17 +59,20 @@ class SamplingConfig:
     """Decode with weights whole over the mesh's fsdp axis, gathered once and not in every step."""
 
     def __post_init__(self):
-        for name in ("num_samples", "max_response_length", "top_k", "vocab_size", "slots"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"sampling.{name}: got {value}; must be at least 1")
-        for name in ("chunk", "ring", "prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"sampling.{name}: got {getattr(self, name)}; must be at least 1")
-        if not self.temperature >= 0:
-            raise InputError(f"sampling.temperature: got {self.temperature}; must be 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"sampling.top_p: got {self.top_p}; must be in (0, 1]")
+        least_one = {
+            name: (getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+            for name in (
+                *("num_samples", "max_response_length", "top_k", "vocab_size", "slots"),
+                *("chunk", "ring", "prefill_tokens"),
+            )
+        }
+        require(
+            "sampling",
+            self,
+            **least_one,
+            temperature=(self.temperature >= 0, "0 or more"),
+            top_p=(0 < self.top_p <= 1, "in (0, 1]"),
+        )
 
     def rule(self) -> decoding.Rule:
         """What the compiled programs depend on; other sizes must not compile them anew."""

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pgpo_jax.errors import InputError
+from pgpo_jax.errors import InputError, require
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # a batch of rows is split over both
@@ -72,11 +72,12 @@ class DistributedConfig:
     """Seconds after which a silent process counts as dead and the others end."""
 
     def __post_init__(self):
-        for name in ("timeout", "heartbeat_timeout"):
-            if getattr(self, name) <= 0:
-                raise InputError(
-                    f"distributed.{name}: got {getattr(self, name)}; must be positive (seconds)"
-                )
+        require(
+            "distributed",
+            self,
+            timeout=(self.timeout > 0, "positive (seconds)"),
+            heartbeat_timeout=(self.heartbeat_timeout > 0, "positive (seconds)"),
+        )
 
 
 def initialize(config: DistributedConfig = DistributedConfig()) -> None:
