@@ -389,21 +389,15 @@ class Decoder(nnx.Module):
         return jax.checkpoint(layer, policy=saved[self.options.remat], prevent_cse=not scanned)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Array, weight: Array, axes: int = 1) -> Array:
-    """`jnp.tensordot`, whose gradient for the weight comes out the way the weight lies.
-
-    JAX's own is the transpose of a product, for which a CPU first transposes the wider of the two
-    operands: a tenth of an update.
-    """
+def _tensordot(x: Array, weight: Array, axes: int = 1) -> Array:
     return jnp.tensordot(x, weight, axes)
 
 
-def _product_forward(x: Array, weight: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, weight, axes), (x, weight)
+def _tensordot_forward(x: Array, weight: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
+    return _tensordot(x, weight, axes), (x, weight)
 
 
-def _product_backward(
+def _tensordot_backward(
     axes: int, operands: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     x, weight = operands
@@ -413,7 +407,10 @@ def _product_backward(
     return to_x, jnp.tensordot(x, gradient, (rows, rows))
 
 
-_product.defvjp(_product_forward, _product_backward)
+# The gradient of a weight comes out the way the weight lies. JAX's own is the transpose of a
+# product, for which a CPU first transposes the wider operand: a tenth of an update.
+_product: Any = jax.custom_vjp(_tensordot, nondiff_argnums=(2,))
+_product.defvjp(_tensordot_forward, _tensordot_backward)
 
 
 # What a backward pass computes again at once: elementwise work, whose stored steps (five arrays for
