@@ -41,6 +41,9 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (None,),
     "quantization_config": (None,),
 }
+MOST = 10_000_000
+"""No size is larger; a config.json that says otherwise must not cost the time to count so far."""
+MOST_LAYERS = 10_000
 OTHER_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"} | {
     "use_sliding_window",
     "max_window_layers",
@@ -89,7 +92,7 @@ class ModelConfig:
             not compute.
         """
         model_type = config.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise InputError(
                 f"model_type: got {model_type!r}; must be one of {', '.join(ARCHITECTURES)}"
             )
@@ -111,8 +114,13 @@ class ModelConfig:
         def size(name: str, default: int | None = None) -> int:
             value = config.get(name)
             value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if type(value) is not int or not 0 < value <= MOST:
                 raise InputError(f"{name}: got {value!r}; must be a positive whole number")
+            return value
+
+        def token(name: str, value: Any) -> Any:
+            if value is not None and (type(value) is not int or value < 0):
+                raise InputError(f"{name}: got {value!r}; must be a token's number, or null")
             return value
 
         layers, heads, hidden = (
@@ -120,6 +128,8 @@ class ModelConfig:
             size("num_attention_heads"),
             size("hidden_size"),
         )
+        if layers > MOST_LAYERS:
+            raise InputError(f"num_hidden_layers: got {layers}; must be at most {MOST_LAYERS}")
         kv_heads = size("num_key_value_heads", heads)
         if heads % kv_heads:
             raise InputError(
@@ -132,7 +142,16 @@ class ModelConfig:
         window = _sliding_window(config)
         types = _layer_types(config, layers, window)
         ropes = read_rope(config, defaults.rope_theta, defaults.scale_sliding)
-        ends = config.get("eos_token_id")
+        ends, eps = config.get("eos_token_id"), config.get("rms_norm_eps", defaults.rms_norm_eps)
+        if type(eps) not in (int, float) or not 0 < eps < 1:
+            raise InputError(f"rms_norm_eps: got {eps!r}; must be a small positive number")
+        tied = False if (stated := config.get("tie_word_embeddings")) is None else stated
+        if type(tied) is not bool:
+            raise InputError(f"tie_word_embeddings: got {tied!r}; must be true or false")
+        if isinstance(ends, list | tuple):
+            ends = tuple(token("eos_token_id", end) for end in ends)
+        else:
+            ends = token("eos_token_id", ends)
         return cls(
             model_type=model_type,
             vocab_size=size("vocab_size"),
@@ -142,8 +161,8 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=config.get("rms_norm_eps", defaults.rms_norm_eps),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            rms_norm_eps=eps,
+            tie_word_embeddings=tied,
             max_position_embeddings=size("max_position_embeddings", 32_768),
             layer_types=types,
             sliding_window=window if "sliding_attention" in types else None,
@@ -151,9 +170,9 @@ class ModelConfig:
             sliding_rope=ropes["sliding_attention"]
             if "sliding_attention" in types
             else ropes["full_attention"],
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_id=tuple(ends) if isinstance(ends, list | tuple) else ends,
-            pad_token_id=config.get("pad_token_id"),
+            bos_token_id=token("bos_token_id", config.get("bos_token_id")),
+            eos_token_id=ends,
+            pad_token_id=token("pad_token_id", config.get("pad_token_id")),
         )
 
     def to_hf(self) -> dict[str, Any]:

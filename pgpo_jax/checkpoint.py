@@ -12,6 +12,7 @@ Orbax is imported when a folder is opened, not before: `import pgpo_jax` stays f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -80,7 +81,8 @@ class Checkpoints:
 
         logging.set_verbosity(logging.ERROR)  # Orbax warns of the options that are chosen below
         self._ocp = ocp
-        self._path = epath.Path(path)
+        # Orbax refuses relative paths, but only in the thread that saves.
+        self._path = epath.Path(path if "://" in path else os.path.abspath(path))
         if read_only and not self._path.exists():
             raise InputError(f"checkpoints: {path} does not exist; give the folder of a run")
 

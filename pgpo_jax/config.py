@@ -1,18 +1,13 @@
 """The configuration of a run: the sections of all parts, read from YAML with dotted overrides."""
 
-import contextlib
-import dataclasses
-import difflib
-import io
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import draccus
-import yaml
-from draccus.utils import DecodingError, ParsingError
 
+from pgpo_jax import fields
 from pgpo_jax.checkpoint import CheckpointConfig
 from pgpo_jax.data import DataConfig
 from pgpo_jax.errors import InputError, require
@@ -88,27 +83,27 @@ def load(path: str | None, overrides: Sequence[str] = (), prog: str | None = Non
     Args:
       path: The file, or None for the defaults alone.
       overrides: Command-line arguments; `--help` prints every field with default and doc and exits.
+        A value is read as YAML, that of a text field as it stands.
       prog: The command's name in `--help`.
 
     Raises:
-      InputError: A missing file, broken YAML, an unknown or missing field, a value of a wrong type,
-        or one that breaks its section's rule.
+      InputError: A missing file, broken YAML, an unknown field, a value of a wrong type, or one
+        that breaks its section's rule.
     """
-    _check_names(overrides)
-    if path is not None:
-        _check_file(path)
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            return draccus.parse(Config, config_path=path, args=list(overrides), prog=prog)
-    except InputError:
-        raise
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(stderr.getvalue().strip().splitlines()[-1]) from stop
-    except (DecodingError, ParsingError, TypeError, ValueError, AttributeError) as error:
-        raise _as_input_error(error, path) from error
+    if {"-h", "--help"} & set(overrides):
+        draccus.parse(Config, args=["--help"], prog=prog)
+    tree = {} if path is None else _read(path)
+    for name, value in _parse(overrides):
+        *sections, last = name.split(".")
+        place = tree
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+            if not isinstance(place, dict):
+                raise InputError(f"{section}: got {fields.show(place)}; must be fields and values")
+        place[last] = value
+    return fields.decode(Config, tree)
 
 
 def from_command_line(argv: Sequence[str], command: str) -> Config:
@@ -125,53 +120,45 @@ def from_command_line(argv: Sequence[str], command: str) -> Config:
 
 def dump(config: Config) -> str:
     """The whole configuration as YAML, itself a valid configuration file."""
-    return str(draccus.dump(config))
+    return fields.dump_yaml(draccus.encode(config))
 
 
-def _check_file(path: str) -> None:
+def _read(path: str) -> dict[str, Any]:
+    """The file's mapping."""
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = fields.load_yaml(file.read())
     except OSError as error:
         raise InputError(f"CONFIG: {path} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:  # UnicodeDecodeError too
         raise InputError(f"CONFIG: {path} is not valid YAML ({error})") from error
-    if content is not None and not isinstance(content, dict):
-        raise InputError(
-            f"CONFIG: {path} holds {type(content).__name__}; must be fields and values"
-        )
-    if not os.path.getsize(path):
-        raise InputError(f"CONFIG: {path} is empty")
+    if content is None:
+        raise InputError(f"CONFIG: {path} is empty; must be fields and values")
+    if not isinstance(content, dict):
+        raise InputError(f"CONFIG: {path} holds {fields.show(content)}; must be fields and values")
+    return content
 
 
-def _check_names(overrides: Sequence[str]) -> None:
-    """argparse would answer an unknown option with its whole usage text."""
-    names = _field_names(Config)
-    for argument in overrides:
-        name = argument.split("=")[0]
-        if not name.startswith("--") or name == "--help" or name[2:] in names:
-            continue
-        close = difflib.get_close_matches(name[2:], names, n=1)
-        hint = f"did you mean --{close[0]}?" if close else "see --help for all fields"
-        raise InputError(f"{name}: no such field; {hint}")
+def _parse(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Names and values of `--name value` and `--name=value`."""
+    known = fields.kinds(Config)
+    arguments = iter(overrides)
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not name.startswith("--"):
+            raise InputError(f"{argument}: not expected; overrides are like --optimizer.alpha 0.5")
+        name = name.removeprefix("--")
+        if name not in known:
+            raise fields.unknown(name, list(known), "--")
+        if not equals and (text := next(arguments, None)) is None:
+            raise InputError(f"--{name}: got no value; give --{name} VALUE")
+        yield name, _from_text(text, known[name], name)
 
 
-def _field_names(section: Any, prefix: str = "") -> list[str]:
-    names = []
-    for item in dataclasses.fields(section):
-        nested = isinstance(item.type, type) and dataclasses.is_dataclass(item.type)
-        if nested:
-            names += _field_names(item.type, f"{prefix}{item.name}.")
-        else:
-            names.append(prefix + item.name)
-    return names
-
-
-def _as_input_error(error: BaseException, path: str | None) -> InputError:
-    """What a section itself objected to, else draccus's message."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, InputError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return InputError(f"{path or 'command line'}: {error}")
+def _from_text(text: str, kind: Any, name: str) -> Any:
+    if kind is str or (set(get_args(kind)) == {str, NoneType} and text != "null"):
+        return text
+    try:
+        return fields.load_yaml(text)
+    except ValueError as error:
+        raise InputError(f"--{name}: got {text!r}, which is not valid YAML ({error})") from error

@@ -20,7 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 import numpy as np
@@ -178,9 +178,16 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, where argparse would print its whole usage too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
 def main(argv: Sequence[str]) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m pgpo_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,9 +6,10 @@ a few sizes (:func:`bucket`), so that the step compiles for a handful of shapes 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,7 +87,7 @@ class DataConfig:
     max_prompt_length: int = 2048
     """Longest question prompt in tokens; a longer one is an error, never cut."""
 
-    template_options: dict[str, Any] = field(default_factory=dict)
+    template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the tokenizer's chat template, e.g. `{enable_thinking: false}` for Qwen3."""
 
     def __post_init__(self) -> None:
@@ -171,15 +172,17 @@ def encode(
     max_length: int,
     template_options: Mapping[str, Any] | None = None,
     names: Sequence[str] | None = None,
+    field: str = "data.max_prompt_length",
 ) -> list[list[int]]:
     """Chat-templates and tokenizes prompts, each up to where its response begins.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         conversations: one list of ``{"role", "content"}`` messages per prompt.
-        max_length: the limit in tokens (`data.max_prompt_length`).
+        max_length: the limit in tokens.
         template_options: options of the chat template, such as ``{"enable_thinking": False}``.
         names: what to call each question in an error (its key).
+        field: the setting that `max_length` comes from, for the error.
 
     Returns:
         One list of token ids per conversation, in order.
@@ -193,7 +196,7 @@ def encode(
         if len(row) > max_length:
             name = f"{names[index]!r} " if names else ""
             raise InputError(
-                f"data.max_prompt_length: question {name}({_snippet(conversations[index])}) has "
+                f"{field}: question {name}({_snippet(conversations[index])}) has "
                 f"{len(row)} tokens, must be at most {max_length}; raise the limit or drop it"
             )
         if not row:

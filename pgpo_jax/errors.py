@@ -26,9 +26,18 @@ def command(
     try:
         code = main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print("error: " + printable(" ".join(str(error).split())), file=sys.stderr, flush=True)
         code = 2
     raise SystemExit(code or 0)
+
+
+def printable(text: str) -> str:
+    """`text` for a console: what a terminal would obey or cannot show is written out, as `\\x1b`.
+
+    A model's answer or a data set may hold escape sequences that move the cursor, rename the window
+    or turn the direction of writing. Line ends stay.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def require(section: str, config: object, **rules: tuple[bool, str]) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from pgpo_jax import data, sharding
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.data import DataConfig
-from pgpo_jax.errors import command, require
+from pgpo_jax.errors import InputError, command, require
 from pgpo_jax.reprompt import RepromptConfig, resolve_templates, teacher_messages
 from pgpo_jax.rollout import rollout
 from pgpo_jax.sampler import SamplingConfig
@@ -96,6 +96,9 @@ def evaluate(
 
     Returns:
       The metrics of `scores` under the prefix `eval/`, and this host's answers.
+
+    Raises:
+      InputError: The task has no held-out question.
     """
     sampling = dataclasses.replace(
         sampling,
@@ -104,12 +107,27 @@ def evaluate(
         top_p=config.top_p,
         top_k=None,
     )
-    questions = list(task.test[: config.questions])
+    questions = held_out(task, config)
     answered = answer(
         graphdef, params, task, tokenizer, questions, key, config, sampling, data_config, mesh
     )
     metrics = scores(answered, len(questions))
     return {f"eval/{name}": value for name, value in metrics.items()}, answered
+
+
+def held_out(task: Task, config: EvaluationConfig) -> list[Question]:
+    """The questions that an evaluation asks.
+
+    Raises:
+      InputError: There are none.
+    """
+    questions = list(task.test[: config.questions])
+    if not questions:
+        raise InputError(
+            f"evaluation.every: got {config.every}, but {task.name} has no held-out question; set "
+            "it to 0, or give some (task.test_path, task.test_fraction, task.test_questions)"
+        )
+    return questions
 
 
 def answer(
@@ -132,8 +150,10 @@ def answer(
     and the task say, in place of the question's own.
     """
     reprompt = reprompt or RepromptConfig()
+    limit = "data.max_prompt_length"
     if demonstrations is not None:
         data_config = dataclasses.replace(data_config, max_prompt_length=reprompt.max_length)
+        limit = "reprompt.max_length"
     templates = resolve_templates(reprompt, task.templates)
     mine = list(questions[sharding.host_rows(len(questions))])
     (rounds,) = sharding.agree_max([-(-len(mine) // config.questions_per_batch)])
@@ -152,6 +172,7 @@ def answer(
             max_length=data_config.max_prompt_length,
             template_options=data_config.template_options,
             names=[question.key for question in batch],
+            field=limit,
         )
         # The last batch is filled up with its own prompts, so that its shape is known already.
         width = min(config.questions_per_batch, len(mine)) or 1

@@ -8,9 +8,7 @@ imported here.
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +20,9 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Key
 
-from pgpo_jax import model, sharding
+from pgpo_jax import hf_files, model, sharding
 from pgpo_jax.errors import InputError, require
+from pgpo_jax.hf_files import Tensor, one_line, read_json, write_json
 from pgpo_jax.model import Leaf, ModelConfig, Options
 
 # Leaf of our tree -> tensor of the checkpoint. Layers' names are repeated for every layer.
@@ -111,8 +110,9 @@ def from_section(
         return *model.init(config, section.options(), key, mesh), None
     if section.path is None:
         raise InputError("model.path: got null; state a checkpoint, or model.architecture")
-    loaded = load(section.path, mesh=mesh, options=section.options())
-    return *loaded, load_tokenizer(section.path)
+    load_config(section.path)  # what may be wrong comes first, the weights take long
+    tokenizer = load_tokenizer(section.path)
+    return *load(section.path, mesh=mesh, options=section.options()), tokenizer
 
 
 def load(
@@ -138,11 +138,11 @@ def load(
       InputError: The folder, configuration or tensors are not those of a supported model; all
         unmapped, missing and misshapen tensors are named together.
     """
-    folder = _folder(path, ["*.json", "*.safetensors"])
+    folder = hf_files.folder(path, ["*.json", "*.safetensors"])
     config = load_config(folder)
     options = Options(dtype) if options is None else options
     options = options if mesh is None else dataclasses.replace(options, mesh=mesh)
-    tensors = _open(folder)
+    tensors = hf_files.open_tensors(folder)
     _check(config, tensors, folder)
     shapes = model.param_shapes(config)
     if mesh is None:
@@ -224,21 +224,21 @@ def save(
         return
     if len(shards) > 1:
         listing = {"metadata": {"total_size": total}, "weight_map": index}
-        _write_json(folder / "model.safetensors.index.json", listing)
-    _write_json(folder / "config.json", {**config.to_hf(), "dtype": dtype})
+        write_json(folder / "model.safetensors.index.json", listing)
+    write_json(folder / "config.json", {**config.to_hf(), "dtype": dtype})
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation = {name: value for name in ids if (value := config.to_hf()[name]) is not None}
-    _write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
 def load_config(path: str | Path) -> ModelConfig:
     """The architecture, with the end tokens of generation_config.json where that states any."""
-    folder = _folder(path, ["*.json"])
-    config = _read_json(folder / "config.json")
+    folder = hf_files.folder(path, ["*.json"])
+    config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
-    if generation.is_file() and (ends := _read_json(generation).get("eos_token_id")) is not None:
+    if generation.is_file() and (ends := read_json(generation).get("eos_token_id")) is not None:
         config["eos_token_id"] = ends
     return ModelConfig.from_hf(config)
 
@@ -247,14 +247,20 @@ def load_tokenizer(path: str | Path) -> Any:
     """The checkpoint's `transformers` tokenizer."""
     from transformers import AutoTokenizer
 
-    folder = _folder(path, ["*.json", "*.txt", "*.model", "*.jinja"])
+    folder = hf_files.folder(path, ["*.json", "*.txt", "*.model", "*.jinja"])
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in read_json(settings):  # transformers would ask to run it
+        raise InputError(
+            f"model.path: got {path}, whose tokenizer needs code of its own (auto_map), which is "
+            "never run; give a model with a tokenizer.json alone"
+        )
     # From a folder without a vocabulary, transformers would make an empty tokenizer.
     cause = f"there is none of {', '.join(VOCABULARIES)}"
     if any((folder / name).is_file() for name in VOCABULARIES):
         try:
             return AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # transformers raises many types for one cause
-            cause = _one_line(error)
+            cause = one_line(error)
     raise InputError(f"model.path: got {path}, whose tokenizer does not load: {cause}")
 
 
@@ -268,9 +274,9 @@ def end_tokens(*sources: Any) -> tuple[int, ...]:
     ends: set[int] = set()
     for source in sources:
         if isinstance(source, str | Path):
-            folder = _folder(source, ["*.json"])
+            folder = hf_files.folder(source, ["*.json"])
             files = [folder / "config.json", folder / "generation_config.json"]
-            stated = [_read_json(file).get("eos_token_id") for file in files if file.is_file()]
+            stated = [read_json(file).get("eos_token_id") for file in files if file.is_file()]
         else:
             stated = [getattr(source, "eos_token_id", None)]
         for value in stated:
@@ -340,7 +346,7 @@ def _stack(
     leaf: Leaf,
     where: jax.sharding.Sharding,
     groups: tuple[tuple[int, ...], ...],
-    tensor: Callable[[int], "_Tensor"],
+    tensor: Callable[[int], Tensor],
 ) -> jax.Array:
     """One parameter, float32, every shard read by itself."""
     stacked = leaf.axes[0] == "layer"
@@ -375,49 +381,10 @@ def _stack(
     return jax.make_array_from_callback(leaf.shape, where, shard)
 
 
-# ---- files ----
+# ---- checks ----
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """A tensor in a safetensors file."""
-
-    file: Any
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        return self.file.get_slice(self.name)[index]
-
-
-def _open(folder: Path) -> dict[str, _Tensor]:
-    """All tensors of a checkpoint, not yet read."""
-    from safetensors import SafetensorError, safe_open
-
-    listing = folder / "model.safetensors.index.json"
-    if listing.is_file():
-        files = [folder / name for name in sorted(set(_read_json(listing)["weight_map"].values()))]
-    else:
-        single = folder / "model.safetensors"  # some repositories hold other forms beside it
-        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"model.path: got {folder} without *.safetensors; convert it to these")
-    tensors = {}
-    for path in files:
-        try:
-            file: Any = safe_open(path, framework="numpy")
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"model.path: got {path}, which cannot be read ({_one_line(error)}); fetch it again"
-            ) from error
-        for name in file.keys():  # noqa: SIM118
-            part = file.get_slice(name)
-            tensors[name] = _Tensor(file, name, tuple(part.get_shape()), part.get_dtype())
-    return tensors
-
-
-def _check(config: ModelConfig, tensors: Mapping[str, _Tensor], folder: Path) -> None:
+def _check(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Every tensor must have its place, and every place its tensor: all that fail, at once."""
     expected = {entry.name: entry.shape for entry in _entries(config)}
     # Some tools write what follows from other tensors as well.
@@ -459,44 +426,6 @@ def _check(config: ModelConfig, tensors: Mapping[str, _Tensor], folder: Path) ->
         )
 
 
-def _equal(a: _Tensor, b: _Tensor) -> bool:
+def _equal(a: Tensor, b: Tensor) -> bool:
     rows = [slice(i, min(i + 4096, a.shape[0])) for i in range(0, a.shape[0], 4096)]
     return all(np.array_equal(a.read((part,)), b.read((part,))) for part in rows)
-
-
-def _folder(path: str | Path, patterns: list[str]) -> Path:
-    """A local folder as it is; else the hub's model of that name, from the hub's cache."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
-        raise InputError(f"model.path: got {path}; must be a folder or the name of a hub model")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
-    except Exception as error:  # no network, no such model, no permission: many types
-        raise InputError(
-            f"model.path: got {path}, which is no folder and does not come from the Hugging Face "
-            f"hub ({_one_line(error)}); check the name, the network and the permissions"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model.path: got {path}, which cannot be read ({_one_line(error)}); must be JSON"
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(f"model.path: got {path} with a {type(value).__name__}; must be an object")
-    return value
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

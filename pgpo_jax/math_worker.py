@@ -3,7 +3,8 @@
 Run as a file, so that it imports neither jax nor the package. One JSON request ``[gold, given,
 seconds]`` a line in, one JSON answer a line out: true, false, or null if an expression cannot be
 parsed. The process ends when its input closes, and is ended by the system when a comparison takes
-too long or too much memory: symbolic algebra can hang in C code, where no exception gets through.
+too long: symbolic algebra can hang in C code, where no exception gets through. Memory beyond its
+limit is refused by the system too, which is an exception or the process's end. No file is written.
 """
 
 import json
@@ -12,15 +13,25 @@ import resource
 import signal
 import sys
 
-MEMORY = 4 * 2**30  # bytes of address space; a tower of powers would take all there is
+LIMITS = {
+    resource.RLIMIT_AS: 2**30,  # bytes; sympy needs 70 MB, a tower of powers takes all there is
+    resource.RLIMIT_FSIZE: 0,  # no file is written
+    resource.RLIMIT_CORE: 0,  # nor is a crash
+}
 
 
 def compare(gold: str, given: str) -> bool | None:
     """Whether two LaTeX expressions are equal; None if one of them cannot be parsed."""
-    from math_verify import parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
 
+    # As LaTeX only: plain expressions would go through sympy's parse_expr, which uses eval. The
+    # clock is main's; pyright: math-verify states int, but documents None for "no clock".
     parsed = [
-        parse(f"\\boxed{{{text}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+        parse(
+            f"\\boxed{{{text}}}",
+            [LatexExtractionConfig()],
+            parsing_timeout=None,  # pyright: ignore[reportArgumentType]
+        )
         for text in (gold, given)
     ]
     if not all(parsed):
@@ -28,11 +39,17 @@ def compare(gold: str, given: str) -> bool | None:
     return bool(verify(parsed[0], parsed[1], timeout_seconds=None))
 
 
+def limit_resources() -> None:
+    """Puts `LIMITS` on this process; the system enforces them, and they cannot be raised again."""
+    for limit, value in LIMITS.items():
+        resource.setrlimit(limit, (value, value))
+
+
 def main() -> None:
     """Serves requests from stdin until it closes."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     sys.stdout = sys.stderr  # whatever a library prints is not an answer
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    limit_resources()
     compare("1", "1")  # imports sympy before the clock runs
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:

@@ -37,7 +37,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from pgpo_jax.errors import InputError, require
+from pgpo_jax.errors import InputError, printable, require
 from pgpo_jax.watch import Watch, is_number
 
 Row = Mapping[str, Any]
@@ -240,13 +240,14 @@ class Writer:
         for name in rows[0]:
             table.add_column(name, overflow="fold")
         for row in cells:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self._console.print(table)
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar where there is one."""
         if not self._active:
             return
+        text = printable(text)
         # On a terminal rich wraps and moves the bar; a log gets the line as it is, at once.
         if self._console.is_terminal:
             self._console.print(Text(text))

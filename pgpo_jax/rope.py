@@ -140,8 +140,11 @@ def _parse(
             f"rope_parameters: got no {sorted(missing)}; rope_type {rope_type!r} needs them"
         )
     for name, value in settings.items():
-        if name != "truncate" and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise InputError(f"rope_parameters.{name}: got {value!r}; must be a number")
+        if name != "truncate" and (type(value) not in (int, float) or not 0 <= value < math.inf):
+            raise InputError(f"rope_parameters.{name}: got {value!r}; must be a positive number")
+    for name in ("rope_theta", "factor"):  # divisors
+        if settings.get(name) == 0:
+            raise InputError(f"rope_parameters.{name}: got 0; must be a positive number")
     if rope_type in ("yarn", "llama3") and "original_max_position_embeddings" not in settings:
         if max_positions is None:
             raise InputError("rope_parameters: got no 'original_max_position_embeddings'; state it")

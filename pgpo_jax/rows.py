@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,16 @@ def read_jsonl(path: Path, field: str = "task.path") -> Rows:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = json.loads(
+                line.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_constant
+            )
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{field}: {where}: got {error}; must be one JSON object") from error
+            problem = (
+                f"{error.msg} (column {error.colno})"
+                if isinstance(error, json.JSONDecodeError)
+                else error
+            )
+            raise InputError(f"{field}: {where}: got {problem}; must be one JSON object") from error
         if not isinstance(row, dict):
             raise InputError(
                 f"{field}: {where}: got a {type(row).__name__}; must be one JSON object"
@@ -39,6 +47,19 @@ def read_jsonl(path: Path, field: str = "task.path") -> Rows:
     if not found:
         raise InputError(f"{field}: got {str(path)!r}, which has no rows; must have at least one")
     return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} twice")
+    return found
+
+
+def _constant(text: str) -> float:
+    raise ValueError(f"{text}, which is no JSON")
 
 
 def read_datasets(path: str, subset: str | None = None) -> dict[str, Any]:
@@ -65,14 +86,17 @@ def read_datasets(path: str, subset: str | None = None) -> dict[str, Any]:
 
 
 def split_rows(splits: Mapping[str, Any], split: str, path: str, field: str) -> Rows:
-    """All rows of one split.
+    """All rows of one split, as they are stored.
+
+    Not decoded: a column of images or sounds may hold any path, which decoding would open.
 
     Raises:
         InputError: an unknown or empty split.
     """
     if split not in splits:
         raise InputError(f"{field}: got {split!r}; {path} has {', '.join(map(str, splits))}")
-    found = [(f"{split}:{index}", dict(row)) for index, row in enumerate(splits[split])]
+    stored = splits[split].with_format("arrow")[:].to_pylist()
+    found = [(f"{split}:{index}", row) for index, row in enumerate(stored)]
     if not found:
         raise InputError(f"{field}: got {split!r}, which is empty in {path}")
     return found
@@ -84,11 +108,68 @@ def column(row: Mapping[str, Any], name: str, where: str) -> Any:
     Raises:
         InputError: naming the row and the columns it has.
     """
-    if row.get(name) is None:
+    if name not in row:
         raise InputError(
             f"task.path: {where}: got the columns {', '.join(row) or 'none'}; must have {name!r}"
         )
+    if row[name] is None:
+        raise InputError(f"task.path: {where}: got null; must have {name!r} in every row")
     return row[name]
+
+
+def conversation(row: Mapping[str, Any], where: str) -> tuple[dict[str, str], ...]:
+    """The messages of a row: `prompt`, a string or a conversation, after `system` if there is one.
+
+    Raises:
+        InputError: for anything else, or a conversation that does not end with a question.
+    """
+    prompt, system = column(row, "prompt", where), row.get("system")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    valid = isinstance(messages, list) and messages
+    if not valid or not all(
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    ):
+        raise InputError(
+            f"task.path: {where}: got the prompt {str(prompt)[:80]!r}; must be a string or a list "
+            "of messages with the strings `role` and `content`"
+        )
+    if messages[-1]["role"] != "user":
+        raise InputError(
+            f"task.path: {where}: got a prompt whose last message is the "
+            f"{messages[-1]['role']}'s; must be the user's"
+        )
+    if not messages[-1]["content"].strip():
+        raise InputError(f"task.path: {where}: got an empty prompt; must ask something")
+    if system is not None and messages[0]["role"] != "system":
+        check_text("system", system, where)
+        messages = [{"role": "system", "content": system}, *messages]
+    for message in messages:
+        check_text("prompt", message["content"], where)
+    return tuple(dict(message) for message in messages)
+
+
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+
+
+def check_text(name: str, value: Any, where: str) -> None:
+    """Text that a tokenizer takes as it is.
+
+    Raises:
+        InputError: for another type, a NUL (which stands in no text, but in files that are none) or
+            half of a surrogate pair (which is no character).
+    """
+    if not isinstance(value, str):
+        raise InputError(
+            f"task.path: {where}: got {str(value)[:80]} in the column {name!r}; must be a string"
+        )
+    if found := _NO_TEXT.search(value):
+        raise InputError(
+            f"task.path: {where}: got {found[0]!a} in the column {name!r} (character "
+            f"{found.start() + 1}); must be text without NUL and without half surrogate pairs"
+        )
 
 
 SCIKNOWEVAL = "hicai-zju/SciKnowEval"

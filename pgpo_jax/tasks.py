@@ -16,11 +16,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pgpo_jax import addition, rows, verifiers
+from pgpo_jax import addition, rewards, rows, verifiers
 from pgpo_jax.errors import InputError, require
 from pgpo_jax.verifiers import Outcome
 
 Domain = Literal["biology", "chemistry", "materials", "physics"]
+MOST_SECONDS = 24 * 3600
+Check = Callable[[str, str], Outcome]
 Verify = Callable[[Sequence["Question"], Sequence[str]], list[Outcome]]
 
 
@@ -105,7 +107,12 @@ class TaskConfig:
 
     reward: str | None = None
     """Your own reward, `module:function`, called as in TRL: `f(prompts, completions, **columns)`
-    returns one float a completion, or (float, feedback text), or {"reward", "feedback"}."""
+    returns one float in [0, 1] a completion, or (float, feedback text), or {"reward", "feedback"}.
+    """
+
+    reward_limit: float = 600.0
+    """Seconds for one call of your reward function, for all responses of a step; a call that takes
+    longer ends the run."""
 
     require_tags: bool = False
     """Accept an answer only between `<answer>` and `</answer>`, not a bare one."""
@@ -130,7 +137,11 @@ class TaskConfig:
             name=(self.name in TASKS, f"one of {', '.join(TASKS)}"),
             domain=(self.domain in rows.SCIKNOWEVAL_SIZES, "a domain of SciKnowEval"),
             verifier=(self.verifier in (None, *WORKED), f"null or one of {', '.join(WORKED)}"),
-            time_limit=(self.time_limit > 0, "positive (seconds)"),
+            time_limit=(0 < self.time_limit < MOST_SECONDS, "positive (seconds), a day at most"),
+            reward_limit=(
+                0 < self.reward_limit < MOST_SECONDS,
+                "positive (seconds), a day at most",
+            ),
             test_fraction=(0 <= self.test_fraction < 1, "at least 0 and below 1"),
             train_questions=(counts[0] is None or counts[0] > 0, "positive or null"),
             test_questions=(counts[1] is None or counts[1] >= 0, "not negative, or null"),
@@ -218,7 +229,7 @@ def load_addition(config: TaskConfig) -> Task:
         name="addition",
         train=AdditionQuestions(test, train, config.seed),
         test=AdditionQuestions(0, test, config.seed),
-        verify=_reward(config.reward) if config.reward else _addition_outcomes,
+        verify=_reward(config.reward, config.reward_limit) if config.reward else _addition_outcomes,
         templates=addition.TEMPLATES,
         examples=_addition_examples,
         demonstration=lambda question: question.answer,
@@ -229,9 +240,9 @@ def load_addition(config: TaskConfig) -> Task:
 # --- verification --------------------------------------------------------------------------
 
 
-def _reward(name: str) -> Verify:
+def _reward(name: str, limit: float) -> Verify:
     """A user's reward function as a task's `verify`."""
-    function = verifiers.import_function(name)
+    function = rewards.import_function(name)
 
     def verify(questions: Sequence[Question], responses: Sequence[str]) -> list[Outcome]:
         prompts = [question.columns["prompt"] for question in questions]
@@ -245,23 +256,20 @@ def _reward(name: str) -> Verify:
             for name in names
             if name not in ("prompt", "prompts", "completion", "completions")
         }
-        return verifiers.call_reward(name, function, prompts, completions, columns)
+        return rewards.call_reward(name, function, prompts, completions, columns, limit)
 
     return verify
 
 
-def _verifier(config: TaskConfig, name: str) -> Verify:
-    """A check by name as a task's `verify`; a row's own feedback replaces the check's."""
-    if name == "math":
-        verifiers.require_math_verify()
-    checks: dict[str, Callable[[str, str], Outcome]] = {
-        "multiple_choice": partial(verifiers.multiple_choice, require_tags=config.require_tags),
-        "math": partial(verifiers.math, time_limit=config.time_limit),
-        "exact": partial(verifiers.exact, require_tags=config.require_tags),
-        "numeric": partial(verifiers.numeric, require_tags=config.require_tags),
-        "tool_use": verifiers.tool_use,
-    }
-    check = checks[name]
+def _verify(config: TaskConfig, name: str | None) -> Verify:
+    """The user's reward function if there is one, else the check of that name as a task's `verify`.
+
+    A row's own feedback replaces the check's.
+    """
+    if config.reward:
+        return _reward(config.reward, config.reward_limit)
+    assert name is not None
+    check = _check(config, name)
 
     def verify(questions: Sequence[Question], responses: Sequence[str]) -> list[Outcome]:
         outcomes = []
@@ -274,6 +282,20 @@ def _verifier(config: TaskConfig, name: str) -> Verify:
         return outcomes
 
     return verify
+
+
+def _check(config: TaskConfig, name: str) -> Check:
+    """A check by name."""
+    if name == "math":
+        verifiers.require_math_verify()
+    checks: dict[str, Check] = {
+        "multiple_choice": partial(verifiers.multiple_choice, require_tags=config.require_tags),
+        "math": partial(verifiers.math, time_limit=config.time_limit),
+        "exact": partial(verifiers.exact, require_tags=config.require_tags),
+        "numeric": partial(verifiers.numeric, require_tags=config.require_tags),
+        "tool_use": verifiers.tool_use,
+    }
+    return checks[name]
 
 
 WORKED: dict[str, Callable[[str], str]] = {
@@ -333,7 +355,7 @@ def load_sciknoweval(config: TaskConfig) -> Task:
         name=f"sciknoweval/{config.domain}",
         train=questions,
         test=[question(*row) for row in test[: config.test_questions]],
-        verify=(_reward(config.reward) if config.reward else _verifier(config, "multiple_choice")),
+        verify=_verify(config, "multiple_choice"),
         examples=_examples(questions, worked),
         demonstration=worked,
     )
@@ -359,33 +381,35 @@ def _examples(
 
 def _question(where: str, row: dict[str, Any], key: str) -> Question:
     """A row with `prompt` (string or conversation), optional `system` and `answer`."""
-    prompt, system = rows.column(row, "prompt", where), row.get("system")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    valid = isinstance(messages, list) and messages
-    if not valid or not all(
-        isinstance(message, Mapping)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in messages
-    ):
-        raise InputError(
-            f"task.path: {where}: got the prompt {str(prompt)[:80]!r}; must be a string or a list "
-            "of messages with the strings `role` and `content`"
-        )
-    if messages[-1]["role"] != "user":
-        raise InputError(
-            f"task.path: {where}: got a prompt whose last message is the "
-            f"{messages[-1]['role']}'s; must be the user's"
-        )
-    if system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": str(system)}, *messages]
+    messages = rows.conversation(row, where)
+    for name in ("feedback", "solution"):
+        if row.get(name) is not None:
+            rows.check_text(name, row[name], where)
     answer = "" if row.get("answer") is None else row["answer"]
     return Question(
-        messages=tuple(dict(message) for message in messages),
+        messages=messages,
         answer=answer if isinstance(answer, str) else json.dumps(answer, default=str),
         key=key,
         columns=row,
     )
+
+
+def _check_answer(where: str, row: dict[str, Any], verifier: str, check: Check) -> None:
+    """Raises where no response could be right: a night of rewards of 0 has an earlier sign."""
+    answer = rows.column(row, "answer", where)
+    text = isinstance(answer, str)
+    if verifier != "tool_use" and not text and type(answer) not in (int, float):
+        raise InputError(
+            f"task.path: {where}: got the answer {str(answer)[:80]}, a {type(answer).__name__}; "
+            "must be a string or a number"
+        )
+    answer = answer if text else json.dumps(answer, default=str)
+    rows.check_text("answer", answer, where)
+    if not answer.strip() or check(WORKED[verifier](answer), answer).reward != 1:
+        raise InputError(
+            f"task.path: {where}: got the answer {answer[:80]!r}, which no response can match by "
+            f"task.verifier = {verifier}; correct the row or choose another verifier"
+        )
 
 
 def _dataset_rows(config: TaskConfig) -> tuple[rows.Rows, rows.Rows]:
@@ -410,6 +434,11 @@ def _dataset_rows(config: TaskConfig) -> tuple[rows.Rows, rows.Rows]:
         order = np.random.default_rng(config.seed).permutation(len(train))
         test = [train[index] for index in sorted(order[:held_out])]
         train = [train[index] for index in sorted(order[held_out:])]
+        if not train:
+            raise InputError(
+                f"task.test_fraction: got {config.test_fraction}, which leaves no question of "
+                f"{held_out} for training; lower it or give task.test_path"
+            )
     return train[: config.train_questions], test[: config.test_questions]
 
 
@@ -422,8 +451,9 @@ def load_dataset(config: TaskConfig) -> Task:
     """
     train, test = _dataset_rows(config)
     if config.verifier is not None:
+        check = _check(config, config.verifier)
         for where, row in (*train, *test):
-            rows.column(row, "answer", where)
+            _check_answer(where, row, config.verifier, check)
     questions = [
         [_question(where, row, f"{part}/{where}") for where, row in found]
         for part, found in (("train", train), ("test", test))
@@ -449,9 +479,7 @@ def load_dataset(config: TaskConfig) -> Task:
         name=str(config.path),
         train=questions[0],
         test=questions[1],
-        verify=(
-            _reward(config.reward) if config.reward else _verifier(config, str(config.verifier))
-        ),
+        verify=_verify(config, config.verifier),
         examples=examples if solved else None,
         demonstration=worked if solved or config.verifier else None,
     )

@@ -24,10 +24,11 @@ from jax.sharding import Mesh
 from pgpo_jax import config as config_module
 from pgpo_jax import data, hf, sampler, sharding, tasks
 from pgpo_jax.checkpoint import Checkpoints
+from pgpo_jax.checks import check_run
 from pgpo_jax.config import Config
 from pgpo_jax.data import Contexts, Rollouts
 from pgpo_jax.errors import InputError, command
-from pgpo_jax.evaluate import answer, evaluate, verify
+from pgpo_jax.evaluate import answer, evaluate, held_out, verify
 from pgpo_jax.metrics import Writer, count_compilations
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
 from pgpo_jax.reprompt import reprompt
@@ -81,6 +82,8 @@ def load_run(config: Config) -> Run:
         sampling = dataclasses.replace(sampling, end_tokens=ends)
     if sampling.vocab_size is None:  # rows beyond the tokenizer's are padding
         sampling = dataclasses.replace(sampling, vocab_size=len(tokenizer))
+    architecture = nnx.merge(graphdef, params).config
+    check_run(task, architecture, tokenizer, sampling, config.data, config.reprompt)
     return Run(mesh, task, graphdef, params, tokenizer, sampling)
 
 
@@ -91,8 +94,11 @@ def checkpoint_folder(config: Config) -> str:
 
 def train(config: Config) -> int:
     """Runs, or resumes, a run; returns the exit code."""
+    sharding.initialize(config.distributed)
+    _check_rows(config, sharding.make_mesh(config.mesh))  # before a model is loaded
     run = load_run(config)
-    _check_rows(config, run.mesh)
+    if config.evaluation.every:
+        held_out(run.task, config.evaluation)
     batch_indices = functools.partial(
         data.batch_indices,
         config.seed,
@@ -126,6 +132,14 @@ def train(config: Config) -> int:
         writer.say(_describe(config, run))
         state, evaluated = _first_state(config, run, optimizer, checkpoints, writer)
         run = run._replace(params=None)  # the state holds them now, and donates them
+
+        @stack.push
+        def save_before_a_mistake_ends_it(kind, error, trace) -> None:
+            """A reward function that fails after hours costs a line, not the steps since a save."""
+            del kind, trace
+            if isinstance(error, InputError) and jax.process_count() == 1:
+                checkpoints.save(int(state.step), state, {"evaluated": evaluated})
+
         stack.push(_name_the_missing)
         broken = 0
 

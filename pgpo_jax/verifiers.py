@@ -1,4 +1,4 @@
-"""Pure text checks: multiple choice, boxed mathematics, exact, numeric, tool use; users' rewards.
+"""Pure text checks: multiple choice, boxed mathematics, exact, numeric, tool use.
 
 A check is a function ``(response, answer) -> Outcome``. It never raises, whatever the response; a
 time-out or an expression that cannot be parsed is a reward of 0 with ``failed`` set. Feedback is
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -307,95 +306,3 @@ def require_math_verify() -> None:
         raise InputError(
             "task.verifier: got 'math', which needs math-verify: pip install 'pgpo-jax[math]'"
         )
-
-
-def import_function(name: str) -> Callable[..., Any]:
-    """A user's function from ``module:function``, importable from the current folder too.
-
-    Raises:
-        InputError: if the module cannot be imported or has no such function.
-    """
-    module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything
-        raise InputError(
-            f"task.reward: got {name!r}, but importing {module_name!r} raised "
-            f"{type(error).__name__}: {error}; must be module:function, installed or in this folder"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise InputError(
-            f"task.reward: got {name!r}, but {module_name!r} has no function {function_name!r}"
-        )
-    return function
-
-
-def call_reward(
-    name: str,
-    function: Callable[..., Any],
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: Mapping[str, Sequence[Any]],
-) -> list[Outcome]:
-    """Calls a reward function as TRL does and checks what it returns.
-
-    Args:
-        name: ``module:function``, for errors.
-        function: called as ``function(prompts=..., completions=..., **columns)``.
-        prompts: strings or conversations, one a completion.
-        completions: strings, or conversations of one assistant message.
-        columns: the data set's other columns, each with one entry a completion.
-
-    Returns:
-        One outcome a completion.
-
-    Raises:
-        InputError: if the function raises, or does not return one finite number a completion
-            (alone, as (number, feedback text) or as {"reward": ..., "feedback": ...}).
-    """
-    rule = "must return one finite float a completion, or (float, feedback), or a dict of both"
-    try:
-        returned = function(prompts=list(prompts), completions=list(completions), **columns)
-    except Exception as error:
-        raise InputError(
-            f"task.reward: {name} raised {type(error).__name__}: {error}; it is called as "
-            "f(prompts, completions, **columns)"
-        ) from error
-    try:
-        if isinstance(returned, Mapping):  # {"reward": [...], "feedback": [...]}
-            feedback = returned.get("feedback") or [""] * len(returned["reward"])
-            returned = list(zip(returned["reward"], feedback, strict=True))
-        items = [] if isinstance(returned, str) else list(returned)
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"task.reward: {name} returned {_show(returned)}; {rule}") from error
-    if len(items) != len(completions):
-        raise InputError(
-            f"task.reward: {name} returned {len(items)} rewards for {len(completions)} "
-            f"completions; {rule}"
-        )
-    return [_reward_outcome(name, item, rule) for item in items]
-
-
-def _reward_outcome(name: str, item: Any, rule: str) -> Outcome:
-    reward, feedback, well_formed = item, "", True
-    if isinstance(item, Mapping):
-        reward, feedback = item.get("reward"), item.get("feedback", "")
-        well_formed = bool(item.get("well_formed", True))
-    elif isinstance(item, tuple | list) and len(item) == 2:
-        reward, feedback = item
-    feedback = "" if feedback is None else feedback
-    try:
-        number = _math.nan if isinstance(reward, str) else float(reward)  # pyright: ignore
-    except (TypeError, ValueError):
-        number = _math.nan
-    if not _math.isfinite(number) or not isinstance(feedback, str):
-        raise InputError(f"task.reward: {name} returned {_show(item)} for a completion; {rule}")
-    return Outcome(number, feedback, well_formed)
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

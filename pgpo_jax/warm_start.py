@@ -133,6 +133,7 @@ def _encode(
         max_length=reprompt.max_length,
         template_options=data_config.template_options,
         names=[example.question.key for example in examples],
+        field="reprompt.max_length",
     )
     texts = [example.response for example in examples]
     responses = tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, strict broadcasting, no network, one compile
 cache."""
 
+import functools
 import os
 
 import hypothesis
@@ -30,3 +31,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # Small programs too: a test's second run, and its second process, find the first one's.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """`refused(expected, "train", *arguments)`: the command says this one line and exits with 2.
+
+    The test runs in a folder of its own, where a reward function may lie.
+    """
+    from refusal import assert_refused
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return functools.partial(assert_refused, capsys, tmp_path)

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from pgpo_jax import config
+from pgpo_jax import config, fields
 from pgpo_jax.errors import InputError
 
 CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.yaml"))
@@ -64,5 +64,5 @@ def test_help_lists_every_field(capsys):
         config.from_command_line(["--help"], "train")
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    missing = [name for name in config._field_names(config.Config) if f"--{name}" not in text]
+    missing = [name for name in fields.kinds(config.Config) if f"--{name}" not in text]
     assert not missing

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from pgpo_jax import hf, model, sharding
+from pgpo_jax import hf, hf_files, model, sharding
 from pgpo_jax.errors import InputError
 from pgpo_jax.model import ModelConfig, Options
 
@@ -98,14 +98,14 @@ def test_every_mesh_reads_and_writes_the_same(shape, tmp_path):
 
 def test_only_the_parts_that_a_device_needs_are_read(monkeypatch):
     read = []
-    original = hf._Tensor.read
+    original = hf_files.Tensor.read
 
     def counted(self, index):
         part = original(self, index)
         read.append(part.size)
         return part
 
-    monkeypatch.setattr(hf._Tensor, "read", counted)
+    monkeypatch.setattr(hf_files.Tensor, "read", counted)
     mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
     _, params = hf.load(make_goldens.GOLDENS / "llama3", mesh=mesh)
     assert sum(read) == sum(leaf.size for leaf in jax.tree.leaves(params))

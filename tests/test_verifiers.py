@@ -1,13 +1,14 @@
 """Checks: what counts as right, and that no text breaks them."""
 
 import json
+import sys
 import time
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pgpo_jax import verifiers
+from pgpo_jax import rewards, verifiers
 from pgpo_jax.errors import InputError
 from pgpo_jax.verifiers import exact, last_boxed, multiple_choice, numeric, tool_use
 
@@ -196,7 +197,7 @@ def test_no_boxed_text_breaks_the_math_check(text):
 
 
 def rewarded(function, count=2, **columns):
-    return verifiers.call_reward("m:f", function, ["p"] * count, ["c"] * count, columns)
+    return rewards.call_reward("m:f", function, ["p"] * count, ["c"] * count, columns)
 
 
 @pytest.mark.parametrize(
@@ -250,11 +251,11 @@ def test_a_function_of_the_current_folder_can_be_imported(tmp_path, monkeypatch)
     (tmp_path / "own_rewards_of_a_test.py").write_text("def f(**_):\n    return [1]\n")
     (tmp_path / "broken_rewards_of_a_test.py").write_text("1/0\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*verifiers.sys.path])
-    assert verifiers.import_function("own_rewards_of_a_test:f")() == [1]
+    monkeypatch.setattr("sys.path", [*sys.path])
+    assert rewards.import_function("own_rewards_of_a_test:f")() == [1]
     with pytest.raises(InputError, match="has no function 'g'"):
-        verifiers.import_function("own_rewards_of_a_test:g")
+        rewards.import_function("own_rewards_of_a_test:g")
     with pytest.raises(InputError, match="ZeroDivisionError"):
-        verifiers.import_function("broken_rewards_of_a_test:f")
+        rewards.import_function("broken_rewards_of_a_test:f")
     with pytest.raises(InputError, match=r"task.reward: got 'no_such_module:f'"):
-        verifiers.import_function("no_such_module:f")
+        rewards.import_function("no_such_module:f")

@@ -1,0 +1,548 @@
+"""A user's mistake costs one line and exit code 2: a table of bad inputs and what is said of each.
+
+Every row goes through a command as `python -m` runs it (`errors.command`), a few through a process
+of their own. Damaged checkpoints are in test_bad_checkpoints.py; `refusal.py` drives both tables.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from refusal import ARCHITECTURE, assert_line, table, write_config
+
+from pgpo_jax import tasks
+
+ROOT = Path(__file__).parent.parent
+
+# ---- YAML ----------------------------------------------------------------------------------------
+
+
+@table(
+    {
+        "an empty file": ("", "CONFIG: run.yaml is empty; must be fields and values"),
+        "comments only": ("# x\n", "CONFIG: run.yaml is empty; must be fields and values"),
+        "a list": ("- steps", "CONFIG: run.yaml holds ['steps']; must be fields and values"),
+        "broken syntax": (
+            "steps: 1\nmesh: {data: 1\n",
+            "CONFIG: run.yaml is not valid YAML (line 3: ...)",
+        ),
+        "bytes that are no text": (b"steps: \xff", "CONFIG: run.yaml is not valid YAML (...)"),
+        "brackets without end": (
+            "a: " + "[" * 5000,
+            "CONFIG: run.yaml is not valid YAML (maximum recursion depth ...)",
+        ),
+        "a key twice": (
+            "seed: 1\nsteps: 2\nseed: 3",
+            "CONFIG: run.yaml is not valid YAML (line 3: the key 'seed' stands there twice)",
+        ),
+        "a key twice in a section": (
+            "optimizer:\n  alpha: 1\n  alpha: 2",
+            "CONFIG: run.yaml is not valid YAML (line 3: the key 'alpha' stands there twice)",
+        ),
+        "a Python object": (
+            "seed: !!python/object/apply:os.getpid []",
+            "CONFIG: run.yaml is not valid YAML (line 1: could not determine a constructor for the "
+            "tag 'tag:yaml.org,2002:python/object/apply:os.getpid')",
+        ),
+        "another file included": (
+            "model: !include /etc/passwd",
+            "CONFIG: run.yaml is not valid YAML (line 1: could not determine a constructor for the "
+            "tag '!include')",
+        ),
+        "a field mistyped": (
+            "optimizer: {alpah: 1}",
+            "optimizer.alpah: no such field; did you mean optimizer.alpha?",
+        ),
+        "a section mistyped": (
+            "optimiser: {alpha: 1}",
+            "optimiser: no such field; did you mean optimizer?",
+        ),
+        "a field without its section": (
+            "learning_rate: 1",
+            "learning_rate: no such field; did you mean optimizer.learning_rate?",
+        ),
+        "a value for a section": ("mesh: 8", "mesh: got 8; must be fields and values"),
+        "a number as text": (
+            "steps: '10'",
+            "steps: got '10'; must be a whole number, without quotes",
+        ),
+        "a fraction as text": (
+            "optimizer: {alpha: '0.5'}",
+            "optimizer.alpha: got '0.5'; must be a number, without quotes",
+        ),
+        "a word for a number": (
+            "optimizer: {alpha: fast}",
+            "optimizer.alpha: got 'fast'; must be a number",
+        ),
+        "a fraction for a count": ("steps: 1.5", "steps: got 1.5; must be a whole number"),
+        "true for a count": ("steps: true", "steps: got True; must be a whole number"),
+        "nothing for a count": ("steps:", "steps: got null; must be a whole number"),
+        "not a number": (
+            "optimizer: {learning_rate: .nan}",
+            "optimizer.learning_rate: got nan; must be a number",
+        ),
+        "a number for text": ("output_dir: 7", "output_dir: got 7; must be text, in quotes"),
+        "a word for true": (
+            "distillation: {tail: maybe}",
+            "distillation.tail: got 'maybe'; must be true or false",
+        ),
+        "a word for a list": (
+            "metrics: {trackers: wandb}",
+            "metrics.trackers: got 'wandb'; must be a list",
+        ),
+        "no such choice": (
+            "distillation: {kind: kl}",
+            "distillation.kind: got 'kl'; must be one of forward_kl, reverse_kl, jsd, sampled",
+        ),
+        "out of range": ("seed: -1", "seed: got -1; must be at least 0"),
+        "another key of the architecture": (
+            "model: {architecture: {model_type: qwen3, layers: 2}}",
+            "architecture: got ['layers']; must be among ...",
+        ),
+    }
+)
+def test_a_bad_configuration_is_refused(given, expected, refused):
+    Path("run.yaml").write_bytes(given if isinstance(given, bytes) else given.encode())
+    refused(expected, "train", "run.yaml")
+
+
+@table(
+    {
+        "no configuration": (
+            ("train",),
+            "CONFIG: got none; give a file: python -m pgpo_jax.train configs/quickstart.yaml",
+        ),
+        "a file that is not there": (
+            ("evaluate", "no.yaml"),
+            "CONFIG: no.yaml cannot be read (No such file or directory)",
+        ),
+        "a folder": (("train", "."), "CONFIG: . cannot be read (Is a directory)"),
+        "an option mistyped": (
+            ("train", "run.yaml", "--optimizer.alfa", "1"),
+            "--optimizer.alfa: no such field; did you mean --optimizer.alpha?",
+        ),
+        "an option without its value": (
+            ("train", "run.yaml", "--steps"),
+            "--steps: got no value; give --steps VALUE",
+        ),
+        "a word too many": (
+            ("train", "run.yaml", "fast"),
+            "fast: not expected; overrides are like --optimizer.alpha 0.5",
+        ),
+        "a word for a number on the command line": (
+            ("train", "run.yaml", "--steps=many"),
+            "steps: got 'many'; must be a whole number",
+        ),
+        "no topology": (
+            ("plan", "run.yaml", "--topology"),
+            "--topology: got nothing; must be like v5p:4x4x4",
+        ),
+        "no command": (
+            ("convert",),
+            "the following arguments are required: command; see python -m pgpo_jax.convert --help",
+        ),
+        "no source": (
+            ("convert", "gguf", "no.gguf", "out"),
+            "SOURCE: no.gguf is no file; give a .gguf file or a wheel with one",
+        ),
+        "no run": (
+            ("convert", "export", ".", "out"),
+            "RUN: . has no config.yaml; give the output_dir of a run",
+        ),
+    }
+)
+def test_a_bad_command_line_is_refused(given, expected, refused):
+    write_config()
+    refused(expected, *given)
+
+
+# ---- mesh and lengths ----------------------------------------------------------------------------
+
+
+@table(
+    {
+        "a mesh that does not divide the devices": (
+            {"mesh": {"data": -1, "fsdp": 3}},
+            "mesh: got 3 for the stated axes; must divide the 8 devices",
+        ),
+        "more devices than there are": (
+            {"mesh": {"data": 4, "tensor": 4}},
+            "mesh: got data 4 x fsdp 1 x tensor 4 = 16 devices; there are 8",
+        ),
+        "a mesh of size 0": (
+            {"mesh": {"data": 0}},
+            "mesh: got data 0 x fsdp 1 x tensor 1; sizes are positive, one may be -1 (the rest)",
+        ),
+        "a batch that does not divide": (
+            {"data": {"questions_per_step": 3}, "mesh": {"data": 4}},
+            "data.questions_per_step: got 3 (x 2 samples = 6 rows); must divide by 1 hosts, and "
+            "rows by 4 devices (data x fsdp) x 1 micro-batches",
+        ),
+        "micro-batches that do not divide": (
+            {"data": {"micro_batches": 3}},
+            "data.questions_per_step: got 4 (x 2 samples = 8 rows); must divide by 1 hosts, and "
+            "rows by 1 devices (data x fsdp) x 3 micro-batches",
+        ),
+        "fewer questions than a step takes": (
+            {"task": {"train_questions": 3}},
+            "data.questions_per_step: got 4, must be at most the number of training questions, 3",
+        ),
+        "a response longer than the model": (
+            {"sampling": {"max_response_length": 40_000}},
+            "data.max_prompt_length: got 19; with sampling.max_response_length = 40000 it must be "
+            "at most 0 for a model of 32768 positions (max_position_embeddings)",
+        ),
+        "a teacher's prompt longer than the model": (
+            {"reprompt": {"max_length": 32_768}},
+            "reprompt.max_length: got 32768; with sampling.max_response_length = 2 it must be at "
+            "most 32766 for a model of 32768 positions (max_position_embeddings)",
+        ),
+        "a prompt over its limit": (
+            {"data": {"max_prompt_length": 11}},
+            "data.max_prompt_length: question '...' ('...') has 12 tokens, must be at most 11; "
+            "raise the limit or drop it",
+        ),
+        "no room for a demonstration": (
+            {"reprompt": {"max_length": 13}},
+            "reprompt.max_length: question '...' ('...') has 13 tokens, must be at most 12; "
+            "raise the limit or drop it",
+        ),
+        "tokens beyond the model": (
+            {"sampling": {"vocab_size": 17}},
+            "sampling.vocab_size: got 17; must be at most the model's 16",
+        ),
+        "an end token beyond the model": (
+            {"sampling": {"end_tokens": [16]}},
+            "sampling.end_tokens: got [16]; must be tokens of the model, 0 to 15",
+        ),
+        "a vocabulary smaller than the task's": (
+            {"model": {"architecture": {**ARCHITECTURE, "vocab_size": 8}}},
+            "model.path: got a tokenizer with token 15 for a model of 8 tokens (vocab_size); they "
+            "must belong together",
+        ),
+        "an evaluation without questions": (
+            {"task": {"test_questions": 0}, "evaluation": {"every": 1}},
+            "evaluation.every: got 1, but addition has no held-out question; set it to 0, or give "
+            "some (task.test_path, task.test_fraction, task.test_questions)",
+        ),
+        "a folder that is a file": (
+            {"output_dir": "run.yaml"},
+            "output_dir: run.yaml cannot be written (File exists)",
+        ),
+    }
+)
+def test_what_does_not_fit_together_is_refused(given, expected, refused):
+    refused(expected, "train", write_config(**given))
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+QUESTIONS = [{"prompt": f"{i:05d}+00000", "answer": str(i)} for i in range(8)]
+
+
+def with_row(**row) -> str:
+    """JSON lines, of which the third is `row`."""
+    return "\n".join(json.dumps(line) for line in [*QUESTIONS[:2], row, *QUESTIONS[2:]])
+
+
+def write_dataset(content: str | bytes = with_row(**QUESTIONS[0]), **task) -> str:
+    """A configuration for questions.jsonl, read with the tokenizer of the built-in task."""
+    lines = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    Path("questions.jsonl").write_bytes(lines)
+    section = {"name": "dataset", "path": "questions.jsonl", "verifier": "exact", **task}
+    return write_config(task=section)
+
+
+@table(
+    {
+        "an empty split": ("", "task.path: got 'questions.jsonl', which has no rows; ..."),
+        "broken JSON": (
+            with_row(**QUESTIONS[0]).replace('{"prompt"', '{"prompt', 3),
+            "task.path: questions.jsonl:1: got ... (column ...); must be one JSON object",
+        ),
+        "a row that is a list": (
+            "[1]",
+            "task.path: questions.jsonl:1: got a list; must be one JSON object",
+        ),
+        "bytes that are no text": (
+            b'{"prompt": "\xff"}',
+            "task.path: questions.jsonl:1: got 'utf-8' codec can't decode byte 0xff in position "
+            "12: invalid start byte; must be one JSON object",
+        ),
+        "a name twice": (
+            '{"prompt": "1", "prompt": "2", "answer": "3"}',
+            "task.path: questions.jsonl:1: got the name 'prompt' twice; must be one JSON object",
+        ),
+        "not a number": (
+            '{"prompt": "1", "answer": NaN}',
+            "task.path: questions.jsonl:1: got NaN, which is no JSON; must be one JSON object",
+        ),
+        "brackets without end": (
+            "[" * 100_000,
+            "task.path: questions.jsonl:1: got maximum recursion depth ...; must be one JSON "
+            "object",
+        ),
+        "a missing column": (
+            with_row(question="1", answer="2"),
+            "task.path: questions.jsonl:3: got the columns question, answer; must have 'prompt'",
+        ),
+        "no answer": (
+            with_row(prompt="1"),
+            "task.path: questions.jsonl:3: got the columns prompt; must have 'answer'",
+        ),
+        "null for an answer": (
+            with_row(prompt="1", answer=None),
+            "task.path: questions.jsonl:3: got null; must have 'answer' in every row",
+        ),
+        "a number for a prompt": (
+            with_row(prompt=3, answer="1"),
+            "task.path: questions.jsonl:3: got the prompt '3'; must be a string or a list of "
+            "messages with the strings `role` and `content`",
+        ),
+        "mixed types in a conversation": (
+            with_row(prompt=[{"role": "user", "content": "1"}, "2"], answer="1"),
+            "task.path: questions.jsonl:3: got the prompt ...; must be a string or a list of "
+            "messages with the strings `role` and `content`",
+        ),
+        "a conversation that ends with an answer": (
+            with_row(prompt=[{"role": "assistant", "content": "1"}], answer="1"),
+            "task.path: questions.jsonl:3: got a prompt whose last message is the assistant's; "
+            "must be the user's",
+        ),
+        "an empty prompt": (
+            with_row(prompt=" ", answer="1"),
+            "task.path: questions.jsonl:3: got an empty prompt; must ask something",
+        ),
+        "mixed types of answers": (
+            with_row(prompt="1", answer=["1", "2"]),
+            "task.path: questions.jsonl:3: got the answer ['1', '2'], a list; must be a string or "
+            "a number",
+        ),
+        "a number for feedback": (
+            with_row(prompt="1", answer="1", feedback=3),
+            "task.path: questions.jsonl:3: got 3 in the column 'feedback'; must be a string",
+        ),
+        "NUL": (
+            with_row(prompt="1\0", answer="1"),
+            "task.path: questions.jsonl:3: got '\\x00' in the column 'prompt' (character 2); must "
+            "be text without NUL and without half surrogate pairs",
+        ),
+        "a lone surrogate": (
+            with_row(prompt="1", answer="\ud800"),
+            "task.path: questions.jsonl:3: got '\\ud800' in the column 'answer' (character 1); "
+            "must be text without NUL and without half surrogate pairs",
+        ),
+    }
+)
+def test_bad_data_is_refused(given, expected, refused):
+    refused(expected, "train", write_dataset(given))
+
+
+@table(
+    {
+        "no such file": (
+            {"path": "no.jsonl"},
+            "task.path: got 'no.jsonl', which does not exist; must be a .jsonl file",
+        ),
+        "no such held-out file": (
+            {"test_path": "no.jsonl"},
+            "task.test_path: got 'no.jsonl', which does not exist; must be a .jsonl file",
+        ),
+        "no such domain": (
+            {"name": "sciknoweval", "path": ".", "domain": "biology", "verifier": None},
+            "task.path: got 'biology/train.jsonl', which does not exist; must be a .jsonl file",
+        ),
+        "nothing left to train on": (
+            {"test_fraction": 0.99},
+            "task.test_fraction: got 0.99, which leaves no question of 9 for training; lower it or "
+            "give task.test_path",
+        ),
+        "an answer that no response matches": (
+            {"verifier": "tool_use"},
+            "task.path: questions.jsonl:1: got the answer '0', which no response can match by "
+            "task.verifier = tool_use; correct the row or choose another verifier",
+        ),
+        "neither verifier nor reward": (
+            {"verifier": None},
+            "task.verifier: got verifier None and reward None; `dataset` needs exactly one of them",
+        ),
+        "no such verifier": (
+            {"verifier": "guess"},
+            "task.verifier: got 'guess'; must be one of multiple_choice, math, exact, numeric, "
+            "tool_use or null",
+        ),
+        "no time for a comparison": (
+            {"time_limit": 0},
+            "task.time_limit: got 0.0; must be positive (seconds), a day at most",
+        ),
+    }
+)
+def test_a_bad_task_is_refused(given, expected, refused):
+    refused(expected, "train", write_dataset(**given))
+
+
+# ---- rewards -------------------------------------------------------------------------------------
+
+RULE = "must return one number in [0, 1] a completion, or (number, feedback), or a dict of both"
+
+
+@table(
+    {
+        "does not exist": (
+            "",
+            "task.reward: got 'own_rewards:reward', but 'own_rewards' has no function 'reward'",
+        ),
+        "cannot be imported": (
+            "import no_such_library",
+            "task.reward: got 'own_rewards:reward', but importing 'own_rewards' raised "
+            "ModuleNotFoundError: No module named 'no_such_library'; must be module:function, "
+            "installed or in this folder",
+        ),
+        "ends the program when imported": (
+            "raise SystemExit(0)",
+            "task.reward: got 'own_rewards:reward', but importing 'own_rewards' raised SystemExit: "
+            "0; must be module:function, installed or in this folder",
+        ),
+        "raises": (
+            "def reward(prompts, completions, **columns):\n    return columns['answers']",
+            "task.reward: own_rewards:reward raised KeyError: 'answers' at own_rewards.py:2; it is "
+            "called as f(prompts, completions, **columns)",
+        ),
+        "ends the program": (
+            "import sys\ndef reward(prompts, completions, **columns):\n    sys.exit()",
+            "task.reward: own_rewards:reward raised SystemExit at own_rewards.py:3; it is called "
+            "as f(prompts, completions, **columns)",
+        ),
+        "takes other arguments": (
+            "def reward(text):\n    return 1.0",
+            "task.reward: own_rewards:reward raised TypeError: reward() got an unexpected keyword "
+            "argument ...; it is called as f(prompts, completions, **columns)",
+        ),
+        "returns the wrong count": (
+            "def reward(prompts, **columns):\n    return [1.0]",
+            f"task.reward: own_rewards:reward returned 1 rewards for 8 completions; {RULE}",
+        ),
+        "returns nothing": (
+            "def reward(prompts, **columns):\n    pass",
+            f"task.reward: own_rewards:reward returned None; {RULE}",
+        ),
+        "returns NaN": (
+            "def reward(prompts, **columns):\n    return [float('nan')] * 8",
+            f"task.reward: own_rewards:reward returned nan for a completion; {RULE}",
+        ),
+        "returns more than 1": (
+            "def reward(prompts, **columns):\n    return [1.5] * 8",
+            f"task.reward: own_rewards:reward returned 1.5 for a completion; {RULE}",
+        ),
+        "returns less than 0": (
+            "def reward(prompts, **columns):\n    return [(-1.0, 'bad')] * 8",
+            f"task.reward: own_rewards:reward returned (-1.0, 'bad') for a completion; {RULE}",
+        ),
+        "returns text": (
+            "def reward(prompts, **columns):\n    return ['1.0'] * 8",
+            f"task.reward: own_rewards:reward returned '1.0' for a completion; {RULE}",
+        ),
+        "gives feedback that is no text": (
+            "def reward(prompts, **columns):\n    return [(0.0, '\\ud800')] * 8",
+            "task.reward: own_rewards:reward returned (0.0, '\\ud800') for a completion; " + RULE,
+        ),
+        "hangs": (
+            "import time\ndef reward(prompts, **columns):\n    time.sleep(1e6)",
+            "task.reward: own_rewards:reward took longer than task.reward_limit = 0.3 seconds for "
+            "8 completions at own_rewards.py:3; make it faster or raise the limit",
+        ),
+    }
+)
+def test_a_reward_function_that_fails_is_named(given, expected, refused):
+    Path("own_rewards.py").write_text(given)
+    sys.modules.pop("own_rewards", None)
+    task = {"reward": "own_rewards:reward", "reward_limit": 0.3}
+    refused(expected, "train", write_config(task=task))
+
+
+def test_a_reward_function_may_print_and_change_what_it_gets(refused, capsys):
+    Path("own_rewards.py").write_text(
+        "def reward(prompts, completions, answer, **columns):\n"
+        "    print('thinking')\n"
+        "    for given in (prompts, completions, answer):\n"
+        "        given.clear()\n"
+        "    return [0.5, 1]\n"
+    )
+    sys.modules.pop("own_rewards", None)
+    task = tasks.load(tasks.TaskConfig(reward="own_rewards:reward"))
+    questions, responses = task.train[:2], ["1", "2"]
+    for _ in range(2):
+        assert [outcome.reward for outcome in task.verify(questions, responses)] == [0.5, 1]
+    assert (questions, responses) == (task.train[:2], ["1", "2"])
+    assert capsys.readouterr() == ("", "thinking\n" * 2)
+
+
+def test_a_reward_function_that_fails_late_costs_no_step(refused, tmp_path):
+    Path("own_rewards.py").write_text(
+        "calls = []\n"
+        "def reward(prompts, **columns):\n"
+        "    calls.append(1)\n"
+        "    return [1.0] * (8 if len(calls) < 3 else 7)\n"
+    )
+    sys.modules.pop("own_rewards", None)
+    config = write_config(steps=5, task={"reward": "own_rewards:reward"})
+    refused(
+        f"task.reward: own_rewards:reward returned 7 rewards for 8 completions; {RULE}",
+        "train",
+        config,
+    )
+    assert (tmp_path / "run" / "checkpoints" / "last" / "2").is_dir()
+
+
+STUCK = """
+import itertools
+from pgpo_jax import rewards
+rewards.GRACE = 0.2
+rewards.call_reward("m:f", lambda **_: sum(itertools.repeat(0)), ["p"], ["c"], {}, limit=0.2)
+"""
+
+
+def test_a_reward_function_that_hears_no_signal_ends_the_process_and_shows_where():
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "Timeout (0:00:00.4" in done.stderr
+    assert 'File "<string>", line 5 in <lambda>' in done.stderr
+
+
+# ---- in a process of their own -------------------------------------------------------------------
+
+
+@table(
+    {
+        "train": (["train", "run.yaml", "--steps", "x"], "steps: got 'x'; must be a whole number"),
+        "evaluate": (
+            ["evaluate", "no.yaml"],
+            "CONFIG: no.yaml cannot be read (No such file or directory)",
+        ),
+        "convert": (
+            ["convert", "gguf"],
+            "the following arguments are required: SOURCE, OUT; see python -m pgpo_jax.convert "
+            "gguf --help",
+        ),
+        "plan": (
+            ["plan", "run.yaml", "--topology="],
+            "--topology: got nothing; must be like v5p:4x4x4",
+        ),
+    }
+)
+def test_the_processes_say_the_same(given, expected, refused, tmp_path):
+    write_config()
+    name, *arguments = given
+    done = subprocess.run(
+        [sys.executable, "-m", f"pgpo_jax.{name}", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2
+    assert_line(done.stderr, expected, tmp_path)
