@@ -69,9 +69,6 @@ class ModelSection:
     """Attention kernel; auto takes cudnn on GPU, splash on TPU for long rows, else xla."""
     unroll: bool = False
     """Write the layers out instead of scanning: for small models on CPU."""
-    compute_copy: bool = False
-    """Cast the layers' weights to `dtype` once an update, not in every pass: half the traffic over
-    `fsdp`, for two more bytes a parameter and model (student and teacher)."""
 
     def __post_init__(self):
         require(

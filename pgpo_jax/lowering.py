@@ -171,7 +171,6 @@ def lower_train_step(setup: Setup, alpha: float | None = None) -> jax.stages.Low
         micro_batches=config.data.micro_batches,
         vocab_size=config.sampling.vocab_size,
         estimators=config.metrics.estimators,
-        compute_copy=config.model.dtype if config.model.compute_copy else None,
     )
     return train_step.lower(abstract_train_state(params, optimizer), abstract_batch(setup))
 

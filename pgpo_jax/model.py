@@ -442,15 +442,6 @@ def _constrain(x: Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> Arr
     return lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.spec(axes, x.shape, mesh)))
 
 
-def cast_layers(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """Parameters with the layers' matrices in `dtype`; what is used in float32 stays that."""
-    layers = {
-        name: x if name.endswith("norm") else x.astype(dtype)
-        for name, x in params["layers"].items()
-    }
-    return {**params, "layers": layers}
-
-
 def make_graphdef(config: ModelConfig, options: Options = Options()) -> nnx.GraphDef:
     """The static part of the model; `nnx.merge(graphdef, params)` gives it back. Uses no memory."""
     abstract = nnx.eval_shape(lambda: Decoder(config, options, rngs=nnx.Rngs(0)))

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 from pgpo_jax import information, losses, sharding
 from pgpo_jax.data import Batch
 from pgpo_jax.fused import distill
-from pgpo_jax.model import cast_layers
 from pgpo_jax.optimizer import information_state, init_state, state_shardings
 
 
@@ -71,7 +70,6 @@ def make_train_step(
     micro_batches: int = 1,
     vocab_size: int | None = None,
     estimators: Sequence[information.Estimator] = (),
-    compute_copy: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Builds the jitted update: both forwards, divergence, information, optimizer, teacher.
 
@@ -89,9 +87,6 @@ def make_train_step(
         gradients are those of the whole batch, however it is split.
       vocab_size: Vocabulary rows from this one on are padding.
       estimators: Further estimators to measure, besides the one that the multiplier reads.
-      compute_copy: Type of a second copy of the layers' matrices, made once an update (the model's
-        compute type, if any): each pass and micro-batch then reads, and gathers over `fsdp`, that
-        copy instead of casting float32 again. Nothing else about the update changes.
 
     Returns:
       `(state, batch) -> (state, measurements)`; the state is donated. Measurements are float32
@@ -138,11 +133,9 @@ def make_train_step(
 
     def gradients(student, teacher, batch: Batch, weights):
         """Summed over micro-batches; the weights were fixed on the whole batch."""
-        if compute_copy is not None:
-            student, teacher = (cast_layers(params, compute_copy) for params in (student, teacher))
         grad_fn = jax.grad(loss_fn, has_aux=True)
         if micro_batches == 1:
-            return _float32(grad_fn(student, teacher, batch, weights))
+            return grad_fn(student, teacher, batch, weights)
 
         def accumulate(total, part):
             return jax.tree.map(jnp.add, total, grad_fn(student, teacher, *part)), None
@@ -152,7 +145,7 @@ def make_train_step(
         )
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(grad_fn, student, teacher, *first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(accumulate, zeros, parts)[0]
 
     def train_step(state: TrainState, batch: Batch):
@@ -191,10 +184,6 @@ def make_train_step(
 
     # Without stated shardings the partitioner may move the state from one step to the next.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
-
-
-def _float32(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def _flat(x: Any) -> Array:

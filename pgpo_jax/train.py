@@ -116,7 +116,6 @@ def train(config: Config) -> int:
         micro_batches=config.data.micro_batches,
         vocab_size=run.sampling.vocab_size,
         estimators=config.metrics.estimators,
-        compute_copy=config.model.dtype if config.model.compute_copy else None,
     )
     rates = learning_rate(config.optimizer)
     step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
