@@ -7,19 +7,26 @@
 what each tree holds, so that a checkpoint of another model is told apart before anything is read.
 What is *not* saved: random keys and data positions, both pure functions of the seed and the step.
 
+    python -m pgpo_jax.checkpoint compare RUN_A RUN_B     # equal bit by bit, or what differs first
+
 Orbax is imported when a folder is opened, not before: `import pgpo_jax` stays fast.
 """
 
 from __future__ import annotations
 
+import glob
+import itertools
+import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 
-from pgpo_jax.errors import InputError, require
+from pgpo_jax.errors import InputError, command, require
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -185,6 +192,30 @@ class Checkpoints:
         step = self._need(manager, which, step)
         return step, self._read(manager, step, student=like).student
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every array of the newest checkpoint by its path, as it was saved, in host memory.
+
+        Raises:
+          InputError: As for `restore`.
+        """
+        step = self._need(self._last, "last", None)
+        folder = self._last.directory / str(step)
+        try:
+            with self._ocp.StandardCheckpointer() as reader:
+                likes = {name: reader.metadata(folder / name) for name in ("student", "rest")}
+        except Exception as error:  # as many kinds as in `_read`
+            raise _unreadable(folder, error) from error
+        likes = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype),
+            {name: saved.item_metadata.tree for name, saved in likes.items()},
+        )
+        found = self._read(self._last, step, **likes)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+            for name, tree in {"student": found.student, **found.rest}.items()
+            for path, leaf in jax.tree.leaves_with_path({name: tree})
+        }
+
     def wait(self) -> None:
         """Waits until what was saved is on the disk.
 
@@ -228,10 +259,7 @@ class Checkpoints:
             try:
                 return manager.restore(step, args=self._ocp.args.Composite(**args))
             except Exception as error:  # Orbax and TensorStore raise many kinds, with one remedy
-                raise InputError(
-                    f"checkpoints: {folder} cannot be read ({_first_line(error)}); it is damaged "
-                    "or no checkpoint of a run: delete it, or choose another folder"
-                ) from error
+                raise _unreadable(folder, error) from error
 
         json_item = self._ocp.args.JsonRestore()
         found = restore(arrays=json_item, run=json_item)
@@ -290,6 +318,101 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(describe, tree)
 
 
+def _unreadable(folder: Any, error: Exception) -> InputError:
+    return InputError(
+        f"checkpoints: {folder} cannot be read ({_first_line(error)}); it is damaged or no "
+        "checkpoint of a run: delete it, or choose another folder"
+    )
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+# --- two runs ------------------------------------------------------------------------------
+
+
+MEASURED = ("time/", "tokens_per_second/", "compilations")
+"""Metrics that differ between equal runs."""
+
+
+def compare(one: str, other: str) -> str | None:
+    """Where two runs differ first: newest checkpoint, metrics or samples; None if nowhere.
+
+    Args:
+      one: Folder of a run, whose `config.yaml` says where its checkpoints are.
+      other: Another.
+
+    Raises:
+      InputError: A folder is no run, or its checkpoint cannot be read.
+    """
+    return next(
+        itertools.chain(_array_differences(one, other), _line_differences(one, other)), None
+    )
+
+
+def _array_differences(*runs: str) -> Iterator[str]:
+    saved = []
+    for run in runs:
+        with Checkpoints(_checkpoints_of(run), read_only=True) as checkpoints:
+            saved.append(checkpoints.arrays())
+    one, other = saved
+    for path in [*one, *(path for path in other if path not in one)]:
+        if path not in one or path not in other:
+            yield f"{path} is only in {runs[path in other]}"
+            continue
+        a, b = one[path], other[path]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            yield f"{path} is {a.dtype.name}{list(a.shape)} and {b.dtype.name}{list(b.shape)}"
+        elif a.tobytes() != b.tobytes():
+            count = np.count_nonzero(np.ravel(a) != np.ravel(b))
+            yield f"{path} differs in {count} of {a.size} values"
+
+
+def _line_differences(one: str, other: str) -> Iterator[str]:
+    names = {
+        os.path.basename(path)
+        for run in (one, other)
+        for kind in ("metrics", "samples")
+        for path in glob.glob(os.path.join(glob.escape(run), f"{kind}*.jsonl"))
+    }
+    for name in sorted(names):
+        rows = [_rows(os.path.join(run, name)) for run in (one, other)]
+        for number, (a, b) in enumerate(itertools.zip_longest(*rows), start=1):
+            if a != b:
+                yield f"{name} differs in line {number}"
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    # NaN would differ from itself; as text it does not.
+    return [{k: str(v) for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
+
+
+def _checkpoints_of(run: str) -> str:
+    import yaml
+
+    path = os.path.join(run, "config.yaml")
+    try:
+        with open(path, encoding="utf-8") as file:
+            section = yaml.safe_load(file).get("checkpoint") or {}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(f"RUN: {run} is no run ({path}: {_first_line(error)})") from error
+    return section.get("path") or os.path.join(run, "checkpoints")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`compare RUN_A RUN_B`: exit code 0 where the two are equal, 1 where they differ."""
+    if len(argv) != 3 or argv[0] != "compare":
+        raise InputError(f"got {' '.join(argv) or 'nothing'}; must be compare RUN_A RUN_B")
+    difference = compare(*argv[1:])
+    print(difference or "equal")
+    return 1 if difference else 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
