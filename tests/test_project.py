@@ -100,3 +100,18 @@ def test_readme_states_the_two_commands_that_set_everything_up():
     readme = (ROOT / "README.md").read_text()
     assert "pip install -e . && python -m pgpo_jax.train configs/quickstart.yaml" in readme
     assert "pip install -e '.[dev]' && pytest" in readme
+
+
+def test_dependencies_have_a_lower_bound_and_an_upper_one_only_with_its_reason():
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    extras = {**PROJECT["project"]["optional-dependencies"]}
+    tools = extras.pop("dev")
+    needed = [*PROJECT["project"]["dependencies"], *(name for e in extras.values() for name in e)]
+    for requirement in needed:
+        if re.fullmatch(r"jax\[\w+\]", requirement):  # a backend; the version is that of jax
+            continue
+        assert ">=" in requirement
+        if re.search(r"<|==|~=|!=", requirement):
+            assert any(f'"{requirement}"' in line and "#" in line for line in lines), requirement
+    # The findings of a tool change with its version: it is pinned, so that a change is a commit.
+    assert not [name for name in tools if "==" not in name and name not in needed]
