@@ -1,8 +1,9 @@
 """Any text through every verifier, the teacher's prompt and the data loaders: nothing raises but
-`InputError` for data, and nothing is altered silently. The long runs are marked slow.
+`InputError` for data, and nothing is altered silently. With PGPO_JAX_LONG=1 ten thousand examples.
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,9 @@ GOLD = json.dumps([{"Action": "f", "Action_Input": {"a": 1}}])
 
 
 def examples(few: int, many: int) -> pytest.MarkDecorator:
-    """So many examples in every run, and so many in the slow suite."""
-    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
+    """So many examples in every run, and so many in a long one: minutes, before a release."""
+    counts = [few, many] if os.environ.get("PGPO_JAX_LONG") else [few]
+    return pytest.mark.parametrize("count", counts)
 
 
 @examples(100, 4000)
