@@ -145,6 +145,15 @@ def scale_by_relative_information(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
 
 
+class ScaleBySequenceState(NamedTuple):
+    """State of `scale_by_sequence`."""
+
+    applied: ScaleByInformationState
+    """Count of the updates and the multiplier that the last one was given."""
+    sequence: Float[Array, " update"]
+    """The multipliers. Here and not in the program, so that runs with others need not compile."""
+
+
 def scale_by_sequence(multipliers: Sequence[float]) -> optax.GradientTransformationExtraArgs:
     """Scales update k (from 0) by the k-th multiplier, whatever the information.
 
@@ -155,7 +164,7 @@ def scale_by_sequence(multipliers: Sequence[float]) -> optax.GradientTransformat
       multipliers: At least one; after the last the sequence begins again.
 
     Returns:
-      A transformation that ignores all extra arguments; its state is a `ScaleByInformationState`.
+      A transformation that ignores all extra arguments.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -169,13 +178,17 @@ def scale_by_sequence(multipliers: Sequence[float]) -> optax.GradientTransformat
       [1.5]
       [1.]
     """
-    sequence = np.asarray(multipliers, np.float32)
+
+    def init_fn(params):
+        return ScaleBySequenceState(_initial(params), jnp.asarray(multipliers, jnp.float32))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        return _apply(updates, state, jnp.asarray(sequence)[state.count % len(sequence)])
+        place = state.applied.count % state.sequence.shape[0]
+        updates, applied = _apply(updates, state.applied, state.sequence[place])
+        return updates, state._replace(applied=applied)
 
-    return optax.GradientTransformationExtraArgs(_initial, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _initial(params) -> ScaleByInformationState:
