@@ -346,6 +346,8 @@ def main(argv: Sequence[str]) -> int:
         for seed in range(options.seeds)
         if not any(problem.startswith(f"{arm} seed {seed}:") for problem in problems)
     }
+    if not found:
+        return 1
     result = ablation_report.summarise(found, BASELINE, {REFERENCE: CONTROLS})
     result |= {"config": options.config, "overrides": overrides, "problems": problems}
     table = ablation_report.markdown(result)
