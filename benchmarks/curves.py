@@ -46,9 +46,10 @@ class Curve(NamedTuple):
 
 def read(folder: str | pathlib.Path) -> Curve:
     """A run's curve from its `metrics.jsonl` and `evaluations.jsonl`."""
-    folder = pathlib.Path(folder)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
-    asked = [json.loads(line) for line in (folder / "evaluations.jsonl").open(encoding="utf-8")]
+    rows, asked = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in (pathlib.Path(folder) / f"{name}.jsonl" for name in ("metrics", "evaluations"))
+    )
     updates = [row for row in rows if row.get("skipped") == 0]
     rewards = np.array([row["rewards"] for row in asked])
     return Curve(
