@@ -211,6 +211,7 @@ def test_a_study_runs_from_warm_start_to_figure_and_goes_on_where_it_stopped(
         (["--arms", "pgpo_1.0"], "--arms: got pgpo_1.0; must hold sdpo"),
         (["--arms", "sdpo,sdpo_matched_rate"], "--arms: got sdpo_matched_rate without pgpo_1.0"),
         (["--seeds", "0"], "--seeds: got 0; must be at least 1"),
+        (["--seeds", "1"], "--seeds: got 1; must be at least 2"),
         (["--evaluation.every", "0"], "evaluation.every: got 0"),
     ],
 )
