@@ -15,11 +15,13 @@ from pgpo_jax.evaluate import EvaluationConfig
 from pgpo_jax.hf import ModelSection
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.metrics import MetricsConfig
+from pgpo_jax.objectives import ObjectiveConfig
 from pgpo_jax.optimizer import OptimizerConfig
 from pgpo_jax.reprompt import RepromptConfig
 from pgpo_jax.sampler import SamplingConfig
 from pgpo_jax.sharding import DistributedConfig, MeshConfig
 from pgpo_jax.tasks import TaskConfig
+from pgpo_jax.teacher import TeacherConfig
 from pgpo_jax.warm_start import WarmStartConfig
 
 
@@ -46,7 +48,11 @@ class Config:
     reprompt: RepromptConfig = field(default_factory=RepromptConfig)
     """What the teacher is shown."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    """Divergence, information, and the teacher's average."""
+    """Divergence and information."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The loss: SDPO, or a rival's."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """How the teacher follows the student."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and the multiplier."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -74,6 +80,11 @@ class Config:
                 f"sampling.temperature: got {self.sampling.temperature}; must equal "
                 f"distillation.temperature = {self.distillation.temperature}, whose log-probs the "
                 "importance weights compare, unless distillation.importance_cap is null"
+            )
+        if self.objective.policy and self.sampling.num_samples < 2:
+            raise InputError(
+                f"sampling.num_samples: got {self.sampling.num_samples}; objective.policy compares "
+                "the responses of a question, so it needs at least 2"
             )
 
 

@@ -26,12 +26,12 @@ from pgpo_jax import data, hf, sampler, sharding, tasks
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.checks import check_run
 from pgpo_jax.config import Config
-from pgpo_jax.data import Contexts, Rollouts
+from pgpo_jax.data import Contexts, Evidence, Rollouts
 from pgpo_jax.errors import InputError, command
 from pgpo_jax.evaluate import answer, evaluate, held_out, verify
 from pgpo_jax.metrics import Writer, count_compilations
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
-from pgpo_jax.reprompt import reprompt
+from pgpo_jax.reprompt import reprompt, show_answers
 from pgpo_jax.rollout import rollout
 from pgpo_jax.step import (
     TrainState,
@@ -63,6 +63,10 @@ class Run(NamedTuple):
     tokenizer: Any
     sampling: sampler.SamplingConfig
     """The sampling section with the model's end tokens and vocabulary."""
+    teacher_graphdef: nnx.GraphDef | None = None
+    """The teacher's model, where it is another one (`teacher.path`)."""
+    teacher: Any = None
+    """Its parameters."""
 
 
 def load_run(config: Config) -> Run:
@@ -84,7 +88,21 @@ def load_run(config: Config) -> Run:
         sampling = dataclasses.replace(sampling, vocab_size=len(tokenizer))
     architecture = nnx.merge(graphdef, params).config
     check_run(task, architecture, tokenizer, sampling, config.data, config.reprompt)
-    return Run(mesh, task, graphdef, params, tokenizer, sampling)
+    run = Run(mesh, task, graphdef, params, tokenizer, sampling)
+    if config.teacher.path is None:
+        return run
+    section = dataclasses.replace(config.model, path=config.teacher.path, architecture=None)
+    theirs, teacher, other_tokenizer = hf.from_section(section, mesh, jax.random.key(0))
+    if other_tokenizer is not None and other_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"teacher.path: {config.teacher.path} has another vocabulary than the student; its "
+            "choice of token would mean nothing, so take a teacher of the same family"
+        )
+    if (size := nnx.merge(theirs, teacher).config.vocab_size) != architecture.vocab_size:
+        raise InputError(
+            f"teacher.path: got a model of {size} tokens; the student has {architecture.vocab_size}"
+        )
+    return run._replace(teacher_graphdef=theirs, teacher=teacher)
 
 
 def checkpoint_folder(config: Config) -> str:
@@ -112,7 +130,12 @@ def train(config: Config) -> int:
         run.graphdef,
         optimizer,
         config.distillation,
-        train_state_shardings(run.params, optimizer),
+        train_state_shardings(run.params, optimizer, run.teacher),
+        objective=config.objective,
+        teacher_config=config.teacher,
+        teacher_graphdef=run.teacher_graphdef,
+        num_samples=config.sampling.num_samples,
+        threshold=config.reprompt.threshold,
         micro_batches=config.data.micro_batches,
         vocab_size=run.sampling.vocab_size,
         estimators=config.metrics.estimators,
@@ -130,7 +153,7 @@ def train(config: Config) -> int:
         writer = stack.enter_context(_open_writer(config, resumed))
         writer.say(_describe(config, run))
         state, evaluated = _first_state(config, run, optimizer, checkpoints, writer)
-        run = run._replace(params=None)  # the state holds them now, and donates them
+        run = run._replace(params=None, teacher=None)  # the state holds and donates them
 
         @stack.push
         def save_before_a_mistake_ends_it(kind, error, trace) -> None:
@@ -162,8 +185,11 @@ def train(config: Config) -> int:
             sampled = time.perf_counter()
             outcomes = verify(run.task, questions, rollouts.texts)
             contexts = _reprompt(config, run, questions, rollouts, outcomes, step)
+            evidence = _show_answers(config, run, questions, rollouts, outcomes)
             prompted = time.perf_counter()
-            batch = sharding.to_global(data.make_batch(rollouts, contexts), run.mesh)
+            rewards = [[outcome.reward for outcome in group] for group in outcomes]
+            batch = data.make_batch(rollouts, contexts, rewards, evidence)
+            batch = sharding.to_global(batch, run.mesh)
             updates = int(information_state(state.opt_state).count)
             state, measured = train_step(state, batch)
             # Nothing is gained by fetching one step late: the next answers need this student.
@@ -211,8 +237,8 @@ def _open_writer(config: Config, resumed: int | None) -> Writer:
 def _first_state(config, run, optimizer, checkpoints, writer) -> tuple[TrainState, int]:
     """The newest checkpoint, or the model after its warm start; and the step evaluated last."""
     if checkpoints.latest_step() is not None:
-        like = abstract_train_state(run.params, optimizer)
-        jax.tree.map(lambda p: p.delete(), run.params)  # room for what is restored
+        like = abstract_train_state(run.params, optimizer, run.teacher)
+        jax.tree.map(lambda p: p.delete(), (run.params, run.teacher))  # room for what is restored
         state, saved = checkpoints.restore(like)
         writer.say(f"resumed at step {int(state.step)} from {checkpoint_folder(config)}")
         return state, saved["evaluated"]
@@ -232,7 +258,7 @@ def _first_state(config, run, optimizer, checkpoints, writer) -> tuple[TrainStat
                 "warm start", done, config.warm_start.steps, {"loss": loss}
             ),
         )
-    return init_train_state(params, optimizer), -1
+    return init_train_state(params, optimizer, run.teacher), -1
 
 
 def _rollout(
@@ -271,6 +297,32 @@ def _reprompt(
     (width,) = sharding.agree_max([contexts.prompts.shape[1]])
     prompts, mask = data.widen_left(contexts.prompts, contexts.prompt_mask, width)
     return contexts._replace(prompts=prompts, prompt_mask=mask)
+
+
+def _show_answers(
+    config: Config,
+    run: Run,
+    questions: Sequence[Question],
+    rollouts: Rollouts,
+    outcomes: Sequence[Sequence[Outcome]],
+) -> Evidence | None:
+    """Prompts with final answers in them, where the objective weighs tokens by those."""
+    if not config.objective.needs_evidence:
+        return None
+    evidence = show_answers(
+        questions,
+        rollouts,
+        outcomes,
+        config.reprompt,
+        run.tokenizer,
+        run.task.templates,
+        template_options=config.data.template_options,
+    )
+    right, right_mask, wrong, wrong_mask, has_wrong = map(np.asarray, evidence)
+    right_width, wrong_width = sharding.agree_max([right.shape[1], wrong.shape[1]])
+    right, right_mask = data.widen_left(right, right_mask, right_width)
+    wrong, wrong_mask = data.widen_left(wrong, wrong_mask, wrong_width)
+    return Evidence(right, right_mask, wrong, wrong_mask, has_wrong)
 
 
 def _evaluate(config, run, student, key, step, writer, checkpoints) -> None:

@@ -9,8 +9,10 @@ import pytest
 from pgpo_jax import information, losses, model, sharding
 from pgpo_jax.data import Batch
 from pgpo_jax.losses import DistillationConfig
+from pgpo_jax.objectives import ObjectiveConfig
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
 from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
+from pgpo_jax.teacher import TeacherConfig
 
 ARCHITECTURE = {
     "model_type": "qwen3",
@@ -23,7 +25,7 @@ ARCHITECTURE = {
     "head_dim": 8,
     "tie_word_embeddings": True,
 }
-ROWS, PROMPT, TEACHER_PROMPT, TIME = 8, 5, 9, 6
+ROWS, SAMPLES, PROMPT, TEACHER_PROMPT, TIME = 8, 4, 5, 9, 6
 
 
 def make_batch(seed=0, has_context=None) -> Batch:
@@ -45,7 +47,14 @@ def make_batch(seed=0, has_context=None) -> Batch:
 
 
 def setup(
-    mesh=(1, 1, 1), micro_batches=1, alpha=1.0, learning_rate=1e-2, distillation=None, **options
+    mesh=(1, 1, 1),
+    micro_batches=1,
+    alpha=1.0,
+    learning_rate=1e-2,
+    distillation=None,
+    objective=None,
+    teacher_config=None,
+    **options,
 ):
     mesh = sharding.make_mesh(sharding.MeshConfig(*mesh))
     config = model.ModelConfig.from_hf(ARCHITECTURE)
@@ -65,6 +74,9 @@ def setup(
         optimizer,
         distillation or DistillationConfig(top_k=None, chunk_size=8),
         shardings,
+        objective=objective or ObjectiveConfig(),
+        teacher_config=teacher_config or TeacherConfig(),
+        num_samples=SAMPLES,
         micro_batches=micro_batches,
         vocab_size=22,
         estimators=("conditional_kl",),
@@ -147,7 +159,9 @@ def test_rematerialisation_changes_nothing(remat):
 
 
 def test_teacher_starts_as_a_copy_and_moves_by_ema_rate_towards_the_student():
-    _, step, state, mesh = setup(distillation=DistillationConfig(ema_rate=0.25, chunk_size=8))
+    _, step, state, mesh = setup(
+        distillation=DistillationConfig(chunk_size=8), teacher_config=TeacherConfig(ema_rate=0.25)
+    )
     chex.assert_trees_all_equal(state.student, state.teacher)
     for student, teacher in zip(*map(jax.tree.leaves, (state.student, state.teacher)), strict=True):
         assert student.unsafe_buffer_pointer() != teacher.unsafe_buffer_pointer()
