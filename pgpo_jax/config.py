@@ -1,5 +1,6 @@
 """The configuration of a run: the sections of all parts, read from YAML with dotted overrides."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
@@ -92,9 +93,11 @@ def load(path: str | None, overrides: Sequence[str] = (), prog: str | None = Non
     """Reads a YAML file, then applies overrides such as `["--optimizer.alpha", "0.5"]`.
 
     Args:
-      path: The file, or None for the defaults alone.
-      overrides: Command-line arguments; `--help` prints every field with default and doc and exits.
-        A value is read as YAML, that of a text field as it stands.
+      path: The file, or None for the defaults alone. Its entry `base`, a path relative to it,
+        names a file whose fields it changes.
+      overrides: Command-line arguments, and `--base FILE` in place of the file's own; `--help`
+        prints every field with default and doc and exits. A value is read as YAML, that of a text
+        field as it stands.
       prog: The command's name in `--help`.
 
     Raises:
@@ -103,7 +106,8 @@ def load(path: str | None, overrides: Sequence[str] = (), prog: str | None = Non
     """
     if {"-h", "--help"} & set(overrides):
         draccus.parse(Config, args=["--help"], prog=prog)
-    tree = {} if path is None else _read(path)
+    base, overrides = _take_base(overrides)
+    tree = {} if path is None else _read_on_base(path, base)
     for name, value in _parse(overrides):
         *sections, last = name.split(".")
         place = tree
@@ -132,6 +136,47 @@ def from_command_line(argv: Sequence[str], command: str) -> Config:
 def dump(config: Config) -> str:
     """The whole configuration as YAML, itself a valid configuration file."""
     return fields.dump_yaml(draccus.encode(config))
+
+
+def _take_base(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of `--base FILE`, which is no field, and the other overrides."""
+    rest = [part for argument in overrides for part in _pair(argument, "--base")]
+    if "--base" not in rest:
+        return None, rest
+    place = rest.index("--base")
+    if place + 1 == len(rest):
+        raise InputError("--base: got no value; give --base FILE")
+    return rest[place + 1], rest[:place] + rest[place + 2 :]
+
+
+def _pair(argument: str, name: str) -> list[str]:
+    return [name, argument[len(name) + 1 :]] if argument.startswith(f"{name}=") else [argument]
+
+
+def _read_on_base(path: str, base: str | None = None, inside: tuple[str, ...] = ()) -> Any:
+    """The file's mapping over that of the file it names as `base` (or of `base`, if given)."""
+    tree = _read(path)
+    named = tree.pop("base", None)
+    if base is None:
+        if named is None:
+            return tree
+        if not isinstance(named, str):
+            raise InputError(f"base: got {fields.show(named)} in {path}; must be a file")
+        base = os.path.join(os.path.dirname(path), named)
+    inside = (*inside, os.path.realpath(path))
+    if os.path.realpath(base) in inside:
+        raise InputError(f"base: {path} names {base}, which stands on it; must not be a circle")
+    return _laid_over(_read_on_base(base, inside=inside), tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`below` with the fields of `above`, section by section."""
+    both = {
+        name: _laid_over(below[name], value)
+        for name, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(name), dict)
+    }
+    return below | above | both
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -274,16 +274,18 @@ def _weights(
     active = jnp.any(weights["distillation"] != 0)
     if objective.policy:
         advantages = objectives.group_advantages(rewards, num_samples, objective.scale_advantage)
+        evidence = jnp.full(mask.shape[:1], objectives.advantage_weight(objective, step))
+        if objective.advantage == "choice":  # without a context its choice is the student's own
+            evidence *= context
         weights |= {
             "policy": objective.policy * token * routes.policy[:, None],
             "advantages": jnp.broadcast_to(advantages[:, None], mask.shape),
-            "advantage_weight": jnp.full(mask.shape, objectives.advantage_weight(objective, step)),
+            "advantage_weight": jnp.broadcast_to(evidence[:, None], mask.shape),
         }
-        # The teacher's choice gives a gradient even where all rewards are equal.
-        matters = advantages != 0 if objective.advantage != "choice" else True
-        active |= jnp.any(
-            (weights["policy"] != 0) & jnp.broadcast_to(matters, mask.shape[:1])[:, None]
-        )
+        matters = advantages != 0
+        if objective.advantage == "choice":  # gives a gradient even where all rewards are equal
+            matters |= evidence != 0
+        active |= jnp.any((weights["policy"] != 0) & matters[:, None])
     return weights, active
 
 

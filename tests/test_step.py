@@ -4,10 +4,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from pgpo_jax import information, losses, model, sharding
-from pgpo_jax.data import Batch
+from pgpo_jax import information, losses, model, objectives, sharding
+from pgpo_jax.data import Batch, Evidence
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.objectives import ObjectiveConfig
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
@@ -193,6 +194,73 @@ def test_padding_tokens_do_not_matter():
     state, measured = run([changed])
     chex.assert_trees_all_close(state, expected, rtol=1e-5, atol=1e-7)
     assert all(np.isfinite(value) for value in measured.values())
+
+
+def with_rewards(batch: Batch, seed=0) -> Batch:
+    rng = np.random.default_rng(seed)
+
+    def left(width):
+        tokens = rng.integers(0, 20, (ROWS, width), np.int32)
+        return tokens, np.arange(width)[None, :] >= rng.integers(0, width, (ROWS, 1))
+
+    rewards = np.array([1, 0, 0, 1, 0, 1, 0, 0], np.float32)
+    has_wrong = np.repeat([True, False], SAMPLES)
+    return batch._replace(
+        rewards=rewards, evidence=Evidence(*left(PROMPT + 1), *left(PROMPT + 2), has_wrong)
+    )
+
+
+REWARDED = [with_rewards(batch, seed) for seed, batch in enumerate(BATCHES)]
+# Everything at once: both terms, evidence, weights of questions and tokens, a mixed teacher.
+EVERYTHING = {
+    "objective": ObjectiveConfig(
+        distillation=0.5,
+        distillation_end=0.0,
+        policy=0.5,
+        advantage="contrast",
+        question_weight="spread",
+        token_weight="information",
+    ),
+    "teacher_config": TeacherConfig("trust_region", mix=0.25),
+}
+
+
+def test_a_rival_objective_does_not_depend_on_devices_or_micro_batches():
+    expected, measured = run(REWARDED, **EVERYTHING)
+    state, on_mesh = run(REWARDED, mesh=(2, 2, 2), micro_batches=2, **EVERYTHING)
+    chex.assert_trees_all_close(state, expected, rtol=1e-4, atol=1e-6)
+    for name, value in measured.items():
+        np.testing.assert_allclose(on_mesh[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_grpo_is_the_policy_gradient_of_its_definition():
+    objective = ObjectiveConfig(distillation=0.0, policy=1.0)
+    graphdef, step, state, mesh = setup(objective=objective)
+    batch = REWARDED[0]
+    advantages = objectives.group_advantages(jnp.asarray(batch.rewards), SAMPLES)
+
+    def loss(student):
+        net = model.nnx.merge(graphdef, student)
+        tokens = jnp.concatenate([batch.prompts, batch.responses], 1)
+        mask = jnp.concatenate([batch.prompt_mask, batch.response_mask], 1)
+        log_p = jax.nn.log_softmax(net(tokens, mask)[:, PROMPT - 1 : -1, :22])
+        log_p = information.at_tokens(log_p, batch.responses)
+        terms = objectives.surrogate(log_p, batch.sampler_log_probs, advantages[:, None])
+        return losses.aggregate(terms, batch.response_mask, jnp.ones(ROWS, bool))
+
+    value, gradient = jax.value_and_grad(loss)(state.student)
+    norm = optax.tree.norm(gradient)
+    _, measured = step(state, sharding.to_global(batch, mesh))
+    np.testing.assert_allclose(measured["loss"], value, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(measured["grad_norm"], norm, rtol=1e-4)
+
+
+def test_grpo_skips_a_batch_in_which_every_group_has_one_reward():
+    _, step, state, mesh = setup(objective=ObjectiveConfig(distillation=0.0, policy=1.0))
+    same = REWARDED[0]._replace(rewards=np.repeat([0.0, 1.0], SAMPLES).astype(np.float32))
+    _, measured = step(state, sharding.to_global(same, mesh))
+    assert measured["skipped"] == 1
+    assert measured["loss"] == 0
 
 
 def test_a_batch_without_any_context_leaves_everything_as_it_was():
