@@ -1,4 +1,8 @@
-"""What a run says: metrics.jsonl and samples.jsonl always, trackers if asked, and the console.
+"""What a run says: three files of JSON lines always, trackers if asked, and the console.
+
+`metrics.jsonl` has the numbers of every step, `samples.jsonl` some of its responses, and
+`evaluations.jsonl` the mean reward of every held-out question, for intervals that know that the
+responses to one question belong together.
 
 Files are the truth: one JSON object a line, flushed at once, so that a killed run loses nothing.
 Every metrics row has `step`, the number of updates done. NaN and infinities, which JSON does not
@@ -142,6 +146,7 @@ class Writer:
         with _writable(folder):
             self._metrics = _open(folder / "metrics.jsonl", resume_from)
             self._samples = _open(folder / "samples.jsonl", resume_from)
+            self._evaluations = _open(folder / "evaluations.jsonl", resume_from)
 
     def __enter__(self) -> "Writer":
         return self
@@ -193,6 +198,11 @@ class Writer:
             columns = ("prompt", "response", "reward")
             rows = [{name: record[name] for name in columns} for record in chosen]
             self.table(f"samples of step {step}", rows[: self._config.samples_shown])
+
+    def evaluation(self, step: int, rewards: Sequence[float]) -> None:
+        """Writes the mean reward of every held-out question, in order, to evaluations.jsonl."""
+        if self._active:
+            self._evaluations.write(_line({"step": int(step), "rewards": list(rewards)}))
 
     def progress(self, phase: str, done: int, total: int, row: Row | None = None) -> None:
         """Tells how far a phase ("warm start", "train") is; writes no file.
@@ -267,6 +277,7 @@ class Writer:
             self._progress.stop()
         self._metrics.close()
         self._samples.close()
+        self._evaluations.close()
         for tracker in self._trackers:
             tracker.close()
 

@@ -28,7 +28,7 @@ from pgpo_jax.checks import check_run
 from pgpo_jax.config import Config
 from pgpo_jax.data import Contexts, Evidence, Rollouts
 from pgpo_jax.errors import InputError, command
-from pgpo_jax.evaluate import answer, evaluate, held_out, verify
+from pgpo_jax.evaluate import answer, evaluate, held_out, question_rewards, verify
 from pgpo_jax.metrics import Writer, count_compilations
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
 from pgpo_jax.reprompt import reprompt, show_answers
@@ -343,6 +343,8 @@ def _evaluate(config, run, student, key, step, writer, checkpoints) -> None:
     if step == 0 and config.evaluation.preflight_questions and run.task.demonstration:
         metrics |= _preflight(config, run, student, key, writer)
     writer.write(step, metrics)
+    asked = len(held_out(run.task, config.evaluation))
+    writer.evaluation(step, question_rewards(answered, asked))
     if answered.questions:
         shown = zip(answered.questions, answered.texts, answered.outcomes, strict=True)
         writer.table(

@@ -48,11 +48,17 @@ def test_a_resumed_run_drops_later_rows_and_appends(tmp_path):
         for step in (1, 2, 3):
             writer.write(step, {"loss": float(step)})
             writer.samples(step, [sample("a"), sample("b")])
+            writer.evaluation(step, [0.25, step / 4])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed in the middle of a line
     with Writer(tmp_path, total_steps=4, resume_from=2) as writer:
         writer.write(3, {"loss": 30.0})
         writer.samples(3, [sample("c")])
+        writer.evaluation(4, [1.0, 0.0])
+    asked = read(tmp_path / "evaluations.jsonl")
+    assert [(row["step"], row["rewards"]) for row in asked] == [
+        (1, [0.25, 0.25]), (2, [0.25, 0.5]), (4, [1.0, 0.0]),
+    ]  # fmt: skip
     rows = read(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     rows = read(tmp_path / "samples.jsonl")
