@@ -74,8 +74,8 @@ def make_train_step(
     """Builds the jitted update: both forwards, divergence, information, optimizer, teacher.
 
     An update is skipped, the state but for `step` left as it was, when no response has a teacher
-    context (Adam's momentum would still move the weights) or when gradient or information are
-    not finite; the measurement `skipped` says so.
+    context (Adam's momentum would still move the weights) or when loss, information or gradient
+    is not finite; the measurements `skipped` and `finite` say so.
 
     Args:
       graphdef: The model of student and teacher.
@@ -157,7 +157,8 @@ def make_train_step(
         }
         grads, measured = gradients(state.student, state.teacher, batch, weights)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & ~jnp.isnan(measured["information"])
+        numbers = (measured["loss"], measured["information"], grad_norm)
+        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, numbers))
 
         def update(state: TrainState):
             updates, opt_state = optimizer.update(
