@@ -73,9 +73,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Builds the jitted update: both forwards, divergence, information, optimizer, teacher.
 
-    An update is skipped, the state but for `step` left as it was, when no response has a teacher
-    context (Adam's momentum would still move the weights) or when loss, information or gradient
-    is not finite; the measurements `skipped` and `finite` say so.
+    An update is skipped, the state but for `step` left as it was, when no token of a response with
+    a teacher context is there (Adam's momentum would still move the weights) or when loss,
+    information or gradient is not finite; the measurements `skipped` and `finite` say so.
 
     Args:
       graphdef: The model of student and teacher.
@@ -159,6 +159,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         numbers = (measured["loss"], measured["information"], grad_norm)
         finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, numbers))
+        learns = finite & jnp.any(weights["loss"] > 0)
 
         def update(state: TrainState):
             updates, opt_state = optimizer.update(
@@ -171,7 +172,7 @@ def make_train_step(
         def skip(state: TrainState):
             return state, jnp.zeros([])
 
-        state, update_norm = jax.lax.cond(finite & jnp.any(context), update, skip, state)
+        state, update_norm = jax.lax.cond(learns, update, skip, state)
         distance = optax.tree.norm(jax.tree.map(jnp.subtract, state.student, state.teacher))
         measured |= {
             "multiplier": information_state(state.opt_state).multiplier,
@@ -179,7 +180,7 @@ def make_train_step(
             "update_norm": update_norm,
             "teacher_student_distance": distance,
             "finite": finite.astype(jnp.float32),
-            "skipped": 1.0 - (finite & jnp.any(context)),
+            "skipped": 1.0 - learns,
         }
         return state._replace(step=state.step + 1), measured
 

@@ -204,8 +204,13 @@ def test_a_bad_command_line_is_refused(given, expected, refused):
             "data.max_prompt_length: question '...' ('...') has 12 tokens, must be at most 11; "
             "raise the limit or drop it",
         ),
+        "a teacher's prompt shorter than a question may be": (
+            {"reprompt": {"max_length": 18}},
+            "reprompt.max_length: got 18; must be at least data.max_prompt_length = 19, for the "
+            "teacher's prompt holds the question and more",
+        ),
         "no room for a demonstration": (
-            {"reprompt": {"max_length": 13}},
+            {"data": {"max_prompt_length": 12}, "reprompt": {"max_length": 13}},
             "reprompt.max_length: question '...' ('...') has 13 tokens, must be at most 12; "
             "raise the limit or drop it",
         ),
