@@ -219,21 +219,25 @@ def test_nor_do_those_of_an_error(capsys):
 # ---- paths ---------------------------------------------------------------------------------------
 
 
-def test_a_column_of_images_is_not_opened(tmp_path):
+@pytest.mark.parametrize("kind", ["Image", "Audio"])
+def test_a_column_of_images_or_sounds_is_not_opened(kind, tmp_path):
+    import datasets
     import pyarrow
     import pyarrow.parquet
-    from datasets import Features, Image, Value
 
-    features = Features({"prompt": Value("string"), "answer": Value("string"), "picture": Image()})
-    picture = {"bytes": None, "path": str(tmp_path / "no-such-picture.png")}
-    row = {"prompt": "1+1", "answer": "2", "picture": picture}
+    text = datasets.Value("string")
+    features = datasets.Features(
+        {"prompt": text, "answer": text, "column": getattr(datasets, kind)()}
+    )
+    content = {"bytes": None, "path": str(tmp_path / "no-such-file")}
+    row = {"prompt": "1+1", "answer": "2", "column": content}
     table = pyarrow.Table.from_pylist([row], schema=features.arrow_schema)
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
     config = tasks.TaskConfig(
         name="dataset", path=str(tmp_path), verifier="exact", test_fraction=0.0
     )
     (question,) = tasks.load(config).train
-    assert question.columns["picture"] == picture
+    assert question.columns["column"] == content
 
 
 def test_a_name_in_a_wheel_cannot_leave_its_folder(tmp_path, capsys):
