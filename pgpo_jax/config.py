@@ -24,6 +24,7 @@ from pgpo_jax.sharding import DistributedConfig, MeshConfig
 from pgpo_jax.tasks import TaskConfig
 from pgpo_jax.teacher import TeacherConfig
 from pgpo_jax.warm_start import WarmStartConfig
+from pgpo_jax.watch import AlarmsConfig
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Config:
     """What is saved, and when."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """Log files, trackers and the screen."""
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    """When the run warns of itself, and what ends it early."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How the devices are arranged."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)

@@ -10,7 +10,7 @@ have, become null. A resumed run drops the rows after its checkpoint and appends
 if the run had never stopped.
 
 The console shows progress with the time left (a bar on a terminal, otherwise a line every so
-often), sample responses, and warnings in plain words (`Watch`).
+often), sample responses, and warnings in plain words (those of `watch.py`).
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pgpo_jax.errors import InputError, printable, require
-from pgpo_jax.watch import Watch, is_number
+from pgpo_jax.watch import is_number
 
 Row = Mapping[str, Any]
 
@@ -121,7 +121,6 @@ class Writer:
         self._config = config or MetricsConfig()
         self._active = active
         self._total = total_steps
-        self._watch = Watch()
         self._bars: dict[str, TaskID] = {}
         self._phases: dict[str, _Phase] = {}
         self._console = Console(highlight=False)
@@ -154,31 +153,27 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, step: int, row: Row) -> list[str]:
+    def write(self, step: int, row: Row, warnings: Iterable[str] = ()) -> None:
         """Adds a row of metrics to the file and the trackers, and tells how it goes.
 
         Args:
           step: Updates done.
           row: Names to numbers (of Python, numpy or jax; one element each), text or null.
-
-        Returns:
-          The warnings that it gave rise to, as said on the console.
+          warnings: What it gave rise to, said after it.
         """
         if not self._active:
-            return []
+            return
         plain = {name: _plain(value) for name, value in row.items() if name != "step"}
         self._metrics.write(_line({"step": int(step), **plain}))
         finite = {name: v for name, v in plain.items() if is_number(v) and math.isfinite(v)}
         for tracker in self._trackers:
             tracker.log(int(step), finite)
-        warnings = self._watch.check(plain)
         if "loss" in plain:
             self.progress("train", step, self._total, plain)
         else:
             self.say(f"step {step}: {_summary(plain)}")
         for warning in warnings:
             self.warn(f"step {step}: {warning}")
-        return warnings
 
     def samples(self, step: int, records: Iterable[Row]) -> None:
         """Writes some of a step's responses to samples.jsonl and, now and then, shows a few.

@@ -91,9 +91,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Builds the jitted update: both forwards, divergence, information, optimizer, teacher.
 
-    An update is skipped, the state but for `step` left as it was, when no response adds to the
-    loss (for SDPO: none has a teacher context; Adam's momentum would still move the weights) or
-    when gradient or information are not finite; the measurement `skipped` says so.
+    An update is skipped, the state but for `step` left as it was, when no token adds to the loss
+    (for SDPO: none of a response with a teacher context is there; Adam's momentum would still move
+    the weights) or when loss, information or gradient is not finite; the measurements `skipped`
+    and `finite` say so.
 
     Args:
       graphdef: The model of student and teacher.
@@ -215,7 +216,9 @@ def make_train_step(
         weights, active = _weights(config, objective, batch, state.step, num_samples, threshold)
         grads, measured = gradients(state.student, state.teacher, batch, weights)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & ~jnp.isnan(measured["information"])
+        numbers = (measured["loss"], measured["information"], grad_norm)
+        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, numbers))
+        learns = finite & active
 
         def update(state: TrainState):
             updates, opt_state = optimizer.update(
@@ -229,7 +232,7 @@ def make_train_step(
         def skip(state: TrainState):
             return state, jnp.zeros([])
 
-        state, update_norm = jax.lax.cond(finite & active, update, skip, state)
+        state, update_norm = jax.lax.cond(learns, update, skip, state)
         if teacher_graphdef is None:
             distance = optax.tree.norm(jax.tree.map(jnp.subtract, state.student, state.teacher))
             measured["teacher_student_distance"] = distance
@@ -238,7 +241,7 @@ def make_train_step(
             "grad_norm": grad_norm,
             "update_norm": update_norm,
             "finite": finite.astype(jnp.float32),
-            "skipped": 1.0 - (finite & active),
+            "skipped": 1.0 - learns,
         }
         return state._replace(step=state.step + 1), measured
 

@@ -27,7 +27,7 @@ from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.checks import check_run
 from pgpo_jax.config import Config
 from pgpo_jax.data import Contexts, Evidence, Rollouts
-from pgpo_jax.errors import InputError, command
+from pgpo_jax.errors import InputError, command, printable
 from pgpo_jax.evaluate import answer, evaluate, held_out, question_rewards, verify
 from pgpo_jax.metrics import Writer, count_compilations
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
@@ -43,11 +43,10 @@ from pgpo_jax.step import (
 from pgpo_jax.tasks import Question, Task
 from pgpo_jax.verifiers import Outcome
 from pgpo_jax.warm_start import warm_start
+from pgpo_jax.watch import End, Watch
 
 STOPPED = 75
 """Exit code after a signal: the state is saved, the same command goes on (EX_TEMPFAIL)."""
-MOST_BROKEN_STEPS = 10
-"""So many updates in a row without finite gradients end the run."""
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -152,27 +151,34 @@ def train(config: Config) -> int:
         resumed = checkpoints.latest_step()
         writer = stack.enter_context(_open_writer(config, resumed))
         writer.say(_describe(config, run))
-        state, evaluated = _first_state(config, run, optimizer, checkpoints, writer)
+        state, evaluated, watched = _first_state(config, run, optimizer, checkpoints, writer)
+        watch = Watch(config.alarms, watched)  # on every host alike: its rows are those of all
+        ending = watch.end()
+        if ending and ending.code:
+            ending = None  # whoever comes back after a failure wants to go on
         run = run._replace(params=None, teacher=None)  # the state holds and donates them
+
+        def saved() -> dict[str, Any]:
+            return {"evaluated": evaluated, "watch": watch.state}
 
         @stack.push
         def save_before_a_mistake_ends_it(kind, error, trace) -> None:
             """A reward function that fails after hours costs a line, not the steps since a save."""
             del kind, trace
             if isinstance(error, InputError) and jax.process_count() == 1:
-                checkpoints.save(int(state.step), state, {"evaluated": evaluated})
+                checkpoints.save(int(state.step), state, saved())
 
         stack.push(_name_the_missing)
-        broken = 0
 
         while True:
             step = int(state.step)
-            if step != evaluated and _is_due(config, step) and not stopping():
+            done = step == config.steps or ending is not None
+            if step != evaluated and _is_due(config, step, done) and not stopping():
                 _evaluate(config, run, state.student, evaluation_key, step, writer, checkpoints)
                 evaluated = step
-            ends = (stopped := stopping()) or step == config.steps
+            ends = (stopped := stopping()) or done
             if ends or (step != resumed and _saves(config, step)):
-                checkpoints.save(step, state, {"evaluated": evaluated})
+                checkpoints.save(step, state, saved())
             if ends:
                 break
 
@@ -199,6 +205,7 @@ def train(config: Config) -> int:
             row = _summarise(config, run, rollouts, outcomes, contexts)
             tokens = row.pop("tokens")
             row |= measured | {
+                "skipped/total": step - updates + int(measured["skipped"]),
                 "lr": float(np.asarray(rates(updates))),
                 "time/rollout": sampled - started,
                 "time/reprompt": prompted - sampled,
@@ -207,17 +214,19 @@ def train(config: Config) -> int:
                 "tokens_per_second/train": tokens / (ended - prompted),
                 "compilations": compiled.total(),
             }
-            writer.write(step + 1, row)
+            fired = watch.check(row)
+            ending = watch.end()
+            row["information/running_mean"] = watch.running_information
+            if fired:
+                row["alarm"] = ", ".join(alarm.name for alarm in fired)
+            writer.write(step + 1, row, [alarm.text for alarm in fired])
             writer.samples(step + 1, _records(run, questions, rollouts, outcomes, contexts))
-            broken = 0 if measured["finite"] else broken + 1
-            if broken == MOST_BROKEN_STEPS:
-                raise RuntimeError(
-                    f"{broken} updates in a row were not finite; {checkpoint_folder(config)} "
-                    "has the newest state"
-                )
         checkpoints.wait()
-        writer.say(f"{'stopped' if stopped else 'done'} at step {step}: {config.output_dir}")
-    return STOPPED if stopped else 0
+        if ending is None:
+            writer.say(f"{'stopped' if stopped else 'done'} at step {step}: {config.output_dir}")
+            return STOPPED if stopped else 0
+        _say_the_end(ending, step, config, writer)
+    return ending.code
 
 
 # ---- parts of the loop ---------------------------------------------------------------------------
@@ -234,14 +243,17 @@ def _open_writer(config: Config, resumed: int | None) -> Writer:
     )
 
 
-def _first_state(config, run, optimizer, checkpoints, writer) -> tuple[TrainState, int]:
-    """The newest checkpoint, or the model after its warm start; and the step evaluated last."""
+def _first_state(
+    config, run, optimizer, checkpoints, writer
+) -> tuple[TrainState, int, dict[str, Any] | None]:
+    """The newest checkpoint, or the model after its warm start; the step evaluated last; the
+    watch's state."""
     if checkpoints.latest_step() is not None:
         like = abstract_train_state(run.params, optimizer, run.teacher)
         jax.tree.map(lambda p: p.delete(), (run.params, run.teacher))  # room for what is restored
         state, saved = checkpoints.restore(like)
         writer.say(f"resumed at step {int(state.step)} from {checkpoint_folder(config)}")
-        return state, saved["evaluated"]
+        return state, saved["evaluated"], saved.get("watch")
     params = run.params
     if config.warm_start.steps:
         params = warm_start(
@@ -258,7 +270,7 @@ def _first_state(config, run, optimizer, checkpoints, writer) -> tuple[TrainStat
                 "warm start", done, config.warm_start.steps, {"loss": loss}
             ),
         )
-    return init_train_state(params, optimizer, run.teacher), -1
+    return init_train_state(params, optimizer, run.teacher), -1, None
 
 
 def _rollout(
@@ -405,7 +417,7 @@ def _summarise(
     rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
     contexts: Contexts,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Metrics of rewards, groups and lengths, over all hosts."""
     flat = [outcome for group in outcomes for outcome in group]
     lengths = rollouts.response_mask.sum(-1).reshape(-1)
@@ -467,15 +479,24 @@ def _records(run, questions, rollouts, outcomes, contexts) -> list[dict[str, Any
     ]
 
 
-def _is_due(config: Config, step: int) -> bool:
+def _is_due(config: Config, step: int, done: bool) -> bool:
     every = config.evaluation.every
-    return every > 0 and (step % every == 0 or step == config.steps)
+    return every > 0 and (step % every == 0 or done)
 
 
 def _saves(config: Config, step: int) -> bool:
     if step == 0:
         return config.warm_start.steps > 0  # not to be done again after an interruption
     return config.checkpoint.every > 0 and step % config.checkpoint.every == 0
+
+
+def _say_the_end(ending: End, step: int, config: Config, writer: Writer) -> None:
+    """Why the run ends early: on the console, a failure as an error on stderr."""
+    text = f"ended at step {step}: {ending.text}; {checkpoint_folder(config)} has the newest state"
+    if ending.code and sharding.is_main():
+        print("error: " + printable(text), file=sys.stderr, flush=True)
+    if not ending.code:
+        writer.say(text + "; to go on, take it out of alarms.stop_on and give the command again")
 
 
 @contextlib.contextmanager
@@ -530,7 +551,7 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
 def _claim_folder(config: Config) -> None:
     """Writes config.yaml; a folder that holds another run is refused, so that nothing is lost."""
     path = os.path.join(config.output_dir, "config.yaml")
-    free = {"steps", "output_dir", "mesh", "distributed", "metrics", "checkpoint"}
+    free = {"steps", "output_dir", "mesh", "distributed", "metrics", "checkpoint", "alarms"}
     text = config_module.dump(config)
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:

@@ -35,12 +35,13 @@ def test_a_row_is_on_disk_at_once_with_its_step(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, jnp.float32(math.nan)])
-def test_what_is_not_finite_is_null_and_warned_about(tmp_path, capsys, value):
-    with Writer(tmp_path, total_steps=2) as writer:
-        warnings = writer.write(1, {"loss": 0.5, "information": value})
+def test_what_is_not_finite_is_null_and_warnings_follow_their_row(tmp_path, capsys, value):
+    with Writer(tmp_path, EVERY_LINE, total_steps=2) as writer:
+        writer.write(1, {"loss": 0.5, "information": value}, ["not finite", "flat"])
     assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "information": None}]
-    assert len(warnings) == 1
-    assert "warning: step 1: loss, information or gradient is not finite" in capsys.readouterr().out
+    row, *warnings = capsys.readouterr().out.splitlines()
+    assert row.startswith("train 1/2: loss 0.5")
+    assert warnings == ["warning: step 1: not finite", "warning: step 1: flat"]
 
 
 def test_a_resumed_run_drops_later_rows_and_appends(tmp_path):
@@ -105,7 +106,7 @@ def test_any_text_can_be_a_sample(tmp_path):
 def test_an_inactive_writer_writes_and_says_nothing(tmp_path, capsys):
     folder = tmp_path / "other_host"
     with Writer(folder, total_steps=1, active=False) as writer:
-        assert writer.write(1, {"loss": math.nan}) == []
+        writer.write(1, {"loss": math.nan}, ["not finite"])
         writer.samples(1, [sample("a")])
         writer.progress("train", 1, 1)
         writer.table("title", [{"question": "a"}])

@@ -287,6 +287,54 @@ def test_a_gradient_that_is_not_finite_skips_the_update():
     chex.assert_trees_all_equal(jax.device_get(state.student), before.student)
 
 
+def test_a_sampler_that_gave_no_number_skips_the_update():
+    _, step, state, mesh = setup()
+    before = jax.device_get(state)
+    batch = BATCHES[0]
+    broken = batch._replace(sampler_log_probs=np.full((ROWS, TIME), np.nan, np.float32))
+    state, measured = step(state, sharding.to_global(broken, mesh))
+    after = jax.device_get(state)
+    assert (measured["finite"], measured["skipped"]) == (0, 1)
+    chex.assert_trees_all_equal(after._replace(step=0), before._replace(step=0))
+
+
+ROW = np.arange(ROWS)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "skipped"),
+    [
+        ({"has_context": np.full(ROWS, True)}, 0),
+        ({"response_mask": np.full((ROWS, TIME), True)}, 0),
+        ({"response_mask": (ROW % 2 == 0) & (np.arange(TIME) < 3)}, 0),
+        ({"response_mask": np.full((ROWS, TIME), False)}, 1),
+        ({"sampler_log_probs": np.full((ROWS, TIME), -np.inf, np.float32)}, 0),
+    ],
+    ids=[
+        "all succeeded",
+        "all cut off",
+        "every other is empty",
+        "all are empty",
+        "the sampler's log-probs are infinite",
+    ],
+)
+def test_odd_batches_give_finite_numbers(change, skipped):
+    _, step, state, mesh = setup()
+    state, _ = step(state, sharding.to_global(BATCHES[0], mesh))  # Adam has momentum now
+    before = jax.device_get(state)
+    batch = BATCHES[1]._replace(has_context=ROW[:, 0] < 6)._replace(**change)
+    state, measured = step(state, sharding.to_global(batch, mesh))
+    after = jax.device_get(state)
+    unknown = {"sampler_mismatch"} if "sampler_log_probs" in change else set()
+    finite = {name: np.isfinite(value) for name, value in measured.items() if name not in unknown}
+    assert all(finite.values()), finite
+    assert (measured["finite"], measured["skipped"]) == (1, skipped)
+    chex.assert_tree_all_finite((after.student, after.teacher, after.opt_state))
+    pairs = zip(*map(jax.tree.leaves, (after.student, before.student)), strict=True)
+    moved = any(np.any(a != b) for a, b in pairs)
+    assert moved != bool(skipped)
+
+
 def test_alpha_scales_the_update_and_nothing_else():
     config = {"learning_rate": 1e-3}
     plain, without = run(BATCHES[:1], alpha=0.0, **config)
