@@ -185,6 +185,8 @@ def _curves(groups: Sequence[Group], panel: Panel) -> Picture | None:
     present = [m for m in panel.metrics if any(fits[row, m] for row in range(len(groups)))]
     if not present:
         return None
+    from matplotlib.ticker import MaxNLocator, NullFormatter
+
     figure, axes = _axes()
     if panel.mark is not None:
         axes.axhline(panel.mark, color=_LINE, linewidth=1, zorder=1)
@@ -197,12 +199,15 @@ def _curves(groups: Sequence[Group], panel: Panel) -> Picture | None:
             elif found:
                 _several(axes, [series for _, series in found], _stand_in(row), style)
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if panel.form == "share":
         most = min(max(axes.get_ylim()[1], 0.1), 1.03)
         axes.set_ylim(-0.03 * most, most)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     if panel.form == "log":
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     legend = [(STYLES[list(panel.metrics).index(m)], panel.metrics[m]) for m in present]
     return Picture(panel.title, panel.note, legend if len(legend) > 1 else [], _svg(figure))
 
@@ -358,7 +363,6 @@ def _axes() -> tuple[Any, Any]:
     axes = figure.subplots()
     axes.set_axisbelow(True)
     axes.margins(x=0.02)
-    axes.xaxis.get_major_locator().set_params(integer=False, nbins=6)
     return figure, axes
 
 

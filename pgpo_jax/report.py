@@ -15,7 +15,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -118,27 +118,25 @@ def _summary(groups: Sequence[Group]) -> str:
     )
 
 
-def _accuracy(choose) -> Any:
+def _accuracy(choose: Callable[[np.ndarray], int]) -> Callable[[Run], str]:
+    """One evaluation's avg@k with its interval; `choose` finds it among the finite values."""
+
     def form(run: Run) -> str:
         if not (found := find(run, figures.EVALUATION)):
             return NONE
         name, series = found
-        place = choose(series.values)
-        value = _percent(series.values[place])
+        finite = np.flatnonzero(np.isfinite(series.values))
+        place = int(finite[choose(series.values[finite])])
+        value, step = float(series.values[place]), int(series.steps[place])
         bounds = [run.metrics.get(f"{name}/{side}") for side in ("low", "high")]
-        at = [_at(bound, series.steps[place]) for bound in bounds if bound]
-        if len(at) == 2 and not any(math.isnan(bound) for bound in at):
-            value += f' <span class="soft">[{_percent(at[0])}, {_percent(at[1])}]</span>'
-        return value
+        at = [_percent(_at(bound, step)) for bound in bounds if bound]
+        interval = f' <span class="soft">[{", ".join(at)}]</span>' if len(at) == 2 else ""
+        return _percent(value) + interval
 
     return form
 
 
-def _finite_ends(values: np.ndarray) -> np.ndarray:
-    return np.flatnonzero(np.isfinite(values))
-
-
-def _over_steps(metric: str, *functions: Any) -> Any:
+def _over_steps(metric: str, *functions: Callable[[np.ndarray], Any]) -> Callable[[Run], str]:
     def form(run: Run) -> str:
         if not (found := find(run, metric)):
             return NONE
@@ -149,9 +147,9 @@ def _over_steps(metric: str, *functions: Any) -> Any:
 
 
 _NUMBERS = {
-    "first avg@k": _accuracy(lambda values: _finite_ends(values)[0]),
-    "best": _accuracy(np.nanargmax),
-    "last": _accuracy(lambda values: _finite_ends(values)[-1]),
+    "first avg@k": _accuracy(lambda values: 0),
+    "best": _accuracy(lambda values: int(np.argmax(values))),
+    "last": _accuracy(lambda values: -1),
     "mean information": _over_steps("information", np.mean),
     "multiplier, min / mean / max": _over_steps("multiplier", np.min, np.mean, np.max),
 }
@@ -268,7 +266,7 @@ def _at(series: Series, step: int) -> float:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return NONE if math.isnan(share) else f"{100 * share:.1f} %"
 
 
 def _number(value: float) -> str:
@@ -341,7 +339,7 @@ def _sample(run: int, record: dict[str, Any]) -> dict[str, Any]:
             left[called or name] = cut
         return _visible(kept)
 
-    tokens, divergence = _per_token(record)
+    tokens, divergence = _per_token(record) or (None, None)
     finite = [value for value in divergence or [] if value is not None]
     sample = {
         "run": run,
@@ -355,7 +353,7 @@ def _sample(run: int, record: dict[str, Any]) -> dict[str, Any]:
         "teacher": part("teacher_prompt", "teacher"),
         "mean": sum(finite) / len(finite) if finite else None,
     }
-    if tokens is not None and divergence is not None:
+    if tokens and divergence:
         kept = list(_within(tokens))
         if len(kept) < len(tokens):
             left["response"] = sum(map(len, tokens[len(kept) :]))
@@ -365,16 +363,14 @@ def _sample(run: int, record: dict[str, Any]) -> dict[str, Any]:
     return sample | {"tokens": tokens, "divergence": divergence, "left": left}
 
 
-def _per_token(record: dict[str, Any]) -> tuple[list[str] | None, list[float | None] | None]:
+def _per_token(record: dict[str, Any]) -> tuple[list[str], list[float | None]] | None:
     """Token texts and their divergences, where the record has both and they fit together."""
     tokens, divergence = record.get("tokens"), record.get("divergence")
-    fit = (
-        isinstance(tokens, list)
-        and isinstance(divergence, list)
-        and len(tokens) == len(divergence) > 0
-        and all(isinstance(token, str) for token in tokens)
-    )
-    return (tokens, [_finite(value) for value in divergence]) if fit else (None, None)
+    if not (isinstance(tokens, list) and isinstance(divergence, list)):
+        return None
+    if not all(isinstance(token, str) for token in tokens) or len(tokens) != len(divergence):
+        return None
+    return tokens, [_finite(value) for value in divergence]
 
 
 def _within(tokens: Sequence[str]) -> Iterator[str]:
