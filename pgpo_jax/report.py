@@ -130,7 +130,7 @@ def _accuracy(choose: Callable[[np.ndarray], int]) -> Callable[[Run], str]:
         value, step = float(series.values[place]), int(series.steps[place])
         bounds = [run.metrics.get(f"{name}/{side}") for side in ("low", "high")]
         at = [_percent(_at(bound, step)) for bound in bounds if bound]
-        interval = f' <span class="soft">[{", ".join(at)}]</span>' if len(at) == 2 else ""
+        interval = f'<br><span class="soft">[{", ".join(at)}]</span>' if len(at) == 2 else ""
         return _percent(value) + interval
 
     return form
@@ -151,7 +151,7 @@ _NUMBERS = {
     "best": _accuracy(lambda values: int(np.argmax(values))),
     "last": _accuracy(lambda values: -1),
     "mean information": _over_steps("information", np.mean),
-    "multiplier, min / mean / max": _over_steps("multiplier", np.min, np.mean, np.max),
+    "multiplier: least / mean / most": _over_steps("multiplier", np.min, np.mean, np.max),
 }
 
 
@@ -170,10 +170,10 @@ def _figure(picture: Picture) -> str:
     lines = "".join(
         f'<i style="border-top-style: {style}"></i>{text(name)}' for style, name in picture.legend
     )
-    notes = [part for part in (lines, text(picture.note)) if part]
+    note = f"<p>{text(picture.note)}</p>" if picture.note else ""
     return (
-        f"<figure><figcaption>{text(picture.title)}<span>{'<br>'.join(notes)}</span></figcaption>"
-        f"{picture.svg}</figure>"
+        f"<figure><figcaption>{text(picture.title)}<span>{lines}</span></figcaption>"
+        f"{picture.svg}{note}</figure>"
     )
 
 
