@@ -175,16 +175,21 @@ class Writer:
         for warning in warnings:
             self.warn(f"step {step}: {warning}")
 
-    def samples(self, step: int, records: Iterable[Row]) -> None:
+    def samples(
+        self, step: int, records: Iterable[Row], more: Callable[[int], Row] | None = None
+    ) -> None:
         """Writes some of a step's responses to samples.jsonl and, now and then, shows a few.
 
         Args:
           step: Updates done when they were sampled.
           records: One mapping a response, with at least `prompt`, `response` and `reward`.
+          more: Further fields of the record of that number; asked for those that are written.
         """
         if not self._active:
             return
-        chosen = _different_first(list(records), self._config.samples_per_step)
+        records = list(records)
+        places = _different_first(records, self._config.samples_per_step)
+        chosen = [{**records[place], **(more(place) if more else {})} for place in places]
         for record in chosen:
             plain = {name: _plain(value) for name, value in record.items() if name != "step"}
             self._samples.write(_line({"step": int(step), **plain}))
@@ -433,13 +438,13 @@ def _short(value: Any, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
-def _different_first(records: list[Row], count: int) -> list[Row]:
-    """At most `count` records: the first of each prompt, then the others."""
+def _different_first(records: list[Row], count: int) -> list[int]:
+    """Numbers of at most `count` records: the first of each prompt, then the others."""
     first: dict[str, int] = {}
     for index, record in enumerate(records):
         first.setdefault(record["prompt"], index)
     others = (index for index in range(len(records)) if index not in set(first.values()))
-    return [records[index] for index in [*first.values(), *others][:count]]
+    return [*first.values(), *others][:count]
 
 
 def _duration(seconds: float) -> str:

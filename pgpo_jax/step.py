@@ -88,7 +88,8 @@ def make_train_step(
     micro_batches: int = 1,
     vocab_size: int | None = None,
     estimators: Sequence[information.Estimator] = (),
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    per_token: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, "..."]]]]:
     """Builds the jitted update: both forwards, divergence, information, optimizer, teacher.
 
     An update is skipped, the state but for `step` left as it was, when no token adds to the loss
@@ -112,6 +113,8 @@ def make_train_step(
         gradients are those of the whole batch, however it is split.
       vocab_size: Vocabulary rows from this one on are padding.
       estimators: Further estimators to measure, besides the one that the multiplier reads.
+      per_token: Whether to give the divergence of every token too, as `token_divergence`,
+        `[row, time]`, spread as the batch is; outside the response mask it may be anything.
 
     Returns:
       `(state, batch) -> (state, measurements)`; the state is donated. Measurements are float32
@@ -193,28 +196,30 @@ def make_train_step(
         }
         if policy is not None:
             measured["loss/policy"] = _weighted(terms.policy, policy.weights)
-        return loss, {"loss": loss, **measured}
+        return loss, ({"loss": loss, **measured}, terms.divergence.reshape(batch.responses.shape))
 
     def gradients(student, teacher, batch: Batch, weights):
-        """Summed over micro-batches; the weights were fixed on the whole batch."""
+        """Summed over micro-batches, whose weights were fixed on the whole batch; and per token."""
         grad_fn = jax.grad(loss_fn, has_aux=True)
         if micro_batches == 1:
             return grad_fn(student, teacher, batch, weights)
 
         def accumulate(total, part):
-            return jax.tree.map(jnp.add, total, grad_fn(student, teacher, *part)), None
+            grads, (measured, divergence) = grad_fn(student, teacher, *part)
+            return jax.tree.map(jnp.add, total, (grads, measured)), divergence
 
         parts = jax.tree.map(
             functools.partial(_split, parts=micro_batches, mesh=mesh), (batch, weights)
         )
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(grad_fn, student, teacher, *first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(accumulate, zeros, parts)[0]
+        grads, (measured, _) = jax.eval_shape(grad_fn, student, teacher, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, measured))
+        (grads, measured), divergence = jax.lax.scan(accumulate, zeros, parts)
+        return grads, (measured, _join(divergence))
 
     def train_step(state: TrainState, batch: Batch):
         weights, active = _weights(config, objective, batch, state.step, num_samples, threshold)
-        grads, measured = gradients(state.student, state.teacher, batch, weights)
+        grads, (measured, divergence) = gradients(state.student, state.teacher, batch, weights)
         grad_norm = optax.tree.norm(grads)
         numbers = (measured["loss"], measured["information"], grad_norm)
         finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, numbers))
@@ -243,10 +248,17 @@ def make_train_step(
             "finite": finite.astype(jnp.float32),
             "skipped": 1.0 - learns,
         }
-        return state._replace(step=state.step + 1), measured
+        if per_token:
+            measured["token_divergence"] = divergence
+        return state._replace(step=state.step + 1), jax.tree.map(place, measured)
+
+    def place(x: Array) -> Array:
+        """Numbers are on every device, rows where the batch's are."""
+        where = sharding.row_sharding(x.shape, mesh) if x.ndim else shardings.step
+        return jax.lax.with_sharding_constraint(x, where)
 
     # Without stated shardings the partitioner may move the state from one step to the next.
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _weights(
@@ -307,3 +319,8 @@ def _split(x: Array, parts: int, mesh: Mesh) -> Array:
     x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
     where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
     return jax.lax.with_sharding_constraint(x, where)
+
+
+def _join(x: Array) -> Array:
+    """`[part, row, ...]` -> rows, as they were before `_split`."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])

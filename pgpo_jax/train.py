@@ -8,6 +8,7 @@ student towards what the teacher would have said.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import signal
 import sys
@@ -138,6 +139,7 @@ def train(config: Config) -> int:
         micro_batches=config.data.micro_batches,
         vocab_size=run.sampling.vocab_size,
         estimators=config.metrics.estimators,
+        per_token=config.metrics.samples_per_step > 0,
     )
     rates = learning_rate(config.optimizer)
     step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
@@ -198,6 +200,7 @@ def train(config: Config) -> int:
             batch = sharding.to_global(batch, run.mesh)
             updates = int(information_state(state.opt_state).count)
             state, measured = train_step(state, batch)
+            divergence = sharding.to_host(measured.pop("token_divergence", None))
             # Nothing is gained by fetching one step late: the next answers need this student.
             measured = {name: float(value) for name, value in jax.device_get(measured).items()}
             ended = time.perf_counter()
@@ -220,7 +223,13 @@ def train(config: Config) -> int:
             if fired:
                 row["alarm"] = ", ".join(alarm.name for alarm in fired)
             writer.write(step + 1, row, [alarm.text for alarm in fired])
-            writer.samples(step + 1, _records(run, questions, rollouts, outcomes, contexts))
+            writer.samples(
+                step + 1,
+                _records(run, questions, rollouts, outcomes, contexts),
+                lambda row, rollouts=rollouts, divergence=divergence: _per_token(
+                    run, rollouts, divergence, row
+                ),
+            )
         checkpoints.wait()
         if ending is None:
             writer.say(f"{'stopped' if stopped else 'done'} at step {step}: {config.output_dir}")
@@ -477,6 +486,20 @@ def _records(run, questions, rollouts, outcomes, contexts) -> list[dict[str, Any
         for i, question in enumerate(questions)
         for j in range(samples)
     ]
+
+
+def _per_token(run: Run, rollouts: Rollouts, divergence: np.ndarray, row: int) -> dict[str, Any]:
+    """The texts of a response's tokens, and the divergence at each in nats."""
+    mask = rollouts.response_mask.reshape(-1, rollouts.response_mask.shape[-1])[row]
+    tokens, places = np.unique(
+        rollouts.responses.reshape(-1, mask.size)[row][mask], return_inverse=True
+    )
+    texts = run.tokenizer.batch_decode(tokens[:, None].tolist(), clean_up_tokenization_spaces=False)
+    values = divergence[row][mask].tolist()
+    return {
+        "tokens": [texts[place] for place in places],
+        "divergence": [round(value, 4) if math.isfinite(value) else None for value in values],
+    }
 
 
 def _is_due(config: Config, step: int, done: bool) -> bool:

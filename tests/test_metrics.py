@@ -95,6 +95,20 @@ def test_samples_are_of_different_questions_first(tmp_path):
     assert rows[0] == {"step": 1, **sample("a", 0.0)}
 
 
+def test_more_is_asked_for_those_samples_that_are_written(tmp_path):
+    asked = []
+
+    def more(number):
+        asked.append(number)
+        return {"tokens": [str(number)]}
+
+    with Writer(tmp_path, MetricsConfig(samples_per_step=2), total_steps=1) as writer:
+        writer.samples(1, [sample("a"), sample("a"), sample("b")], more)
+    rows = read(tmp_path / "samples.jsonl")
+    assert [(row["prompt"], row["tokens"]) for row in rows] == [("a", ["0"]), ("b", ["2"])]
+    assert asked == [0, 2]
+
+
 def test_any_text_can_be_a_sample(tmp_path):
     text = 'quote " newline \n line separator \u2028 Greek \u03c1 lone surrogate \ud800'
     with Writer(tmp_path, total_steps=1) as writer:

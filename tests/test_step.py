@@ -55,6 +55,7 @@ def setup(
     distillation=None,
     objective=None,
     teacher_config=None,
+    per_token=False,
     **options,
 ):
     mesh = sharding.make_mesh(sharding.MeshConfig(*mesh))
@@ -81,6 +82,7 @@ def setup(
         micro_batches=micro_batches,
         vocab_size=22,
         estimators=("conditional_kl",),
+        per_token=per_token,
     )
     return graphdef, step, init_train_state(params, optimizer), mesh
 
@@ -132,6 +134,35 @@ def test_loss_and_information_are_those_of_the_definitions():
         np.testing.assert_allclose(measured[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
     gap = measured["entropy/student"] - measured["entropy/teacher"]
     np.testing.assert_allclose(measured["information"], gap, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mesh", "micro_batches"), [((1, 1, 1), 1), ((2, 2, 1), 2)])
+def test_the_divergence_of_every_token_stands_in_its_row(mesh, micro_batches):
+    options = {"mesh": mesh, "micro_batches": micro_batches}
+    graphdef, plain_step, plain, mesh = setup(**options)
+    _, step, state, _ = setup(per_token=True, **options)
+    batch = BATCHES[0]
+    params = jax.device_get(state.student)
+    student, teacher = (
+        model.nnx.merge(graphdef, jax.device_put(params))(
+            np.concatenate([prompts, batch.responses], 1),
+            np.concatenate([prompt_mask, batch.response_mask], 1),
+        )[:, prompts.shape[1] - 1 : -1, :22]
+        for prompts, prompt_mask in (
+            (batch.prompts, batch.prompt_mask),
+            (batch.teacher_prompts, batch.teacher_prompt_mask),
+        )
+    )
+    expected = losses.divergence(student, teacher)
+    state, measured = step(state, sharding.to_global(batch, mesh))
+    rows = sharding.to_host(measured.pop("token_divergence"))
+    np.testing.assert_allclose(
+        rows[batch.response_mask], expected[batch.response_mask], rtol=1e-4, atol=1e-6
+    )
+    # It costs the others nothing: not a bit of them changes.
+    plain, without = plain_step(plain, sharding.to_global(batch, mesh))
+    chex.assert_trees_all_equal(jax.device_get(measured), jax.device_get(without))
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(plain))
 
 
 def test_micro_batches_change_nothing(single):
