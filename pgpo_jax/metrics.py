@@ -2,8 +2,9 @@
 
 Files are the truth: one JSON object a line, flushed at once, so that a killed run loses nothing.
 Every metrics row has `step`, the number of updates done. NaN and infinities, which JSON does not
-have, become null. A resumed run drops the rows after its checkpoint and appends, so a file reads as
-if the run had never stopped.
+have, become null. A resumed run cuts its files where they ended when its checkpoint was saved and
+appends, so a file reads as if the run had never stopped. Rows that find no space stay in memory
+until there is some; a file holds whole lines only.
 
 The console shows progress with the time left (a bar on a terminal, otherwise a line every so
 often), sample responses, and warnings in plain words (`Watch`).
@@ -97,6 +98,7 @@ class Writer:
         *,
         total_steps: int,
         resume_from: int | None = None,
+        sizes: Mapping[str, int] | None = None,
         run_config: Mapping[str, Any] | None = None,
         active: bool = True,
     ) -> None:
@@ -108,6 +110,7 @@ class Writer:
           total_steps: Updates of the whole run, for the time left.
           resume_from: The step of the restored checkpoint: rows after it are dropped. None starts
             the files anew.
+          sizes: What `sizes` returned when it was saved: files are cut there, not by their steps.
           run_config: The resolved configuration, for the trackers.
           active: False on all hosts but the first: nothing is written or said.
 
@@ -140,8 +143,10 @@ class Writer:
             tracker = TRACKERS[name](self._config, folder.resolve(), settings, resume_from)
             self._trackers.append(tracker)
         with _writable(folder):
-            self._metrics = _open(folder / "metrics.jsonl", resume_from)
-            self._samples = _open(folder / "samples.jsonl", resume_from)
+            self._files = {
+                name: _File(folder / name, resume_from, (sizes or {}).get(name))
+                for name in ("metrics.jsonl", "samples.jsonl")
+            }
 
     def __enter__(self) -> "Writer":
         return self
@@ -162,7 +167,7 @@ class Writer:
         if not self._active:
             return []
         plain = {name: _plain(value) for name, value in row.items() if name != "step"}
-        self._metrics.write(_line({"step": int(step), **plain}))
+        self._append("metrics.jsonl", {"step": int(step), **plain})
         finite = {name: v for name, v in plain.items() if is_number(v) and math.isfinite(v)}
         for tracker in self._trackers:
             tracker.log(int(step), finite)
@@ -187,12 +192,34 @@ class Writer:
         chosen = _different_first(list(records), self._config.samples_per_step)
         for record in chosen:
             plain = {name: _plain(value) for name, value in record.items() if name != "step"}
-            self._samples.write(_line({"step": int(step), **plain}))
+            self._append("samples.jsonl", {"step": int(step), **plain})
         every = self._config.samples_shown_every
         if chosen and every and step % every == 0:
             columns = ("prompt", "response", "reward")
             rows = [{name: record[name] for name in columns} for record in chosen]
             self.table(f"samples of step {step}", rows[: self._config.samples_shown])
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, all of it on the disk: where a run that resumes here cuts them.
+
+        Raises:
+          OSError: Rows are still in memory, because there is no space for them.
+        """
+        if not self._active:
+            return {}
+        return {name: file.sync() for name, file in self._files.items()}
+
+    def _append(self, name: str, row: Row) -> None:
+        file = self._files[name]
+        told = file.waits
+        try:
+            file.append(_line(row))
+        except OSError as error:
+            if not told:
+                self.warn(
+                    f"{name} cannot be written ({error.strerror}); its rows are kept in memory "
+                    "until it can"
+                )
 
     def progress(self, phase: str, done: int, total: int, row: Row | None = None) -> None:
         """Tells how far a phase ("warm start", "train") is; writes no file.
@@ -249,10 +276,12 @@ class Writer:
             return
         text = printable(text)
         # On a terminal rich wraps and moves the bar; a log gets the line as it is, at once.
-        if self._console.is_terminal:
-            self._console.print(Text(text))
-        else:
-            print(text, file=sys.stdout, flush=True)
+        # A log that is full, or a reader that went away, must not end the run.
+        with contextlib.suppress(OSError):
+            if self._console.is_terminal:
+                self._console.print(Text(text))
+            else:
+                print(text, file=sys.stdout, flush=True)
 
     def warn(self, text: str) -> None:
         """Prints a warning."""
@@ -265,8 +294,8 @@ class Writer:
         self._closed = True
         if self._progress is not None:
             self._progress.stop()
-        self._metrics.close()
-        self._samples.close()
+        for file in self._files.values():
+            file.close()
         for tracker in self._trackers:
             tracker.close()
 
@@ -384,23 +413,77 @@ def _writable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _open(path: Path, resume_from: int | None) -> Any:
-    """Opens a JSON-lines file for appending, having dropped the rows after `resume_from`."""
+class _File:
+    """A JSON-lines file to append to, which holds whole lines only.
+
+    Args:
+      path: Of the file.
+      resume_from: Rows of later steps are dropped; None starts it anew.
+      size: Bytes to keep, where that is known, instead of what `resume_from` says.
+    """
+
+    def __init__(self, path: Path, resume_from: int | None, size: int | None) -> None:
+        self._waiting: list[bytes] = []
+        old = path.stat().st_size if path.exists() else 0
+        if resume_from is None:
+            size = 0
+        elif size is None or size > old:  # an older checkpoint, or the user's own changes
+            _drop_rows_after(path, resume_from)
+            size = path.stat().st_size
+        self._size = size
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(size)
+
+    @property
+    def waits(self) -> bool:
+        """Whether lines are in memory only."""
+        return bool(self._waiting)
+
+    def append(self, line: str) -> None:
+        """Writes a line, after those that wait; where it cannot be, an OSError, and it waits."""
+        self._waiting.append(line.encode("utf-8", errors="replace"))
+        self._write()
+
+    def sync(self) -> int:
+        """All lines on the disk; returns the bytes."""
+        self._write()
+        os.fsync(self._file.fileno())
+        return self._size
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # said when the line was written
+            self._write()
+        self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:
+            line = self._waiting[0]
+            try:
+                written = 0
+                while written < len(line):
+                    written += self._file.write(line[written:])
+            except OSError:
+                self._file.truncate(self._size)  # no part of a line stays
+                raise
+            self._size += len(line)
+            del self._waiting[0]
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
     kept = []
-    if resume_from is not None and path.exists():
+    if path.exists():
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 try:
                     row = json.loads(line)
                 except ValueError:
                     continue  # the line at which a run was killed
-                if row["step"] <= resume_from:
+                if row["step"] <= step:
                     kept.append(line if line.endswith("\n") else line + "\n")
     # Through a second file, so that a crash here cannot lose the history.
     fresh = path.with_suffix(".tmp")
     fresh.write_text("".join(kept), encoding="utf-8")
     fresh.replace(path)
-    return path.open("a", encoding="utf-8", errors="replace", buffering=1)
 
 
 def _line(row: Row) -> str:

@@ -15,19 +15,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import draccus
 import jax
 import numpy as np
-import yaml
 from flax import nnx
 from jax.sharding import Mesh
 
 from pgpo_jax import config as config_module
-from pgpo_jax import data, hf, sampler, sharding, tasks
+from pgpo_jax import data, fields, hf, sampler, sharding, tasks
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.checks import check_run
 from pgpo_jax.config import Config
 from pgpo_jax.data import Contexts, Rollouts
-from pgpo_jax.errors import InputError, command
+from pgpo_jax.errors import InputError, RunError, command
 from pgpo_jax.evaluate import answer, evaluate, held_out, verify
 from pgpo_jax.metrics import Writer, count_compilations
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
@@ -106,7 +106,7 @@ def train(config: Config) -> int:
         questions_per_step=config.data.questions_per_step,
     )
     batch_indices(step=0)  # too few questions are found now, not after the warm start
-    _claim_folder(config)
+    changes = _claim_folder(config)
     optimizer = make_optimizer(config.optimizer)
     train_step = make_train_step(
         run.graphdef,
@@ -124,12 +124,22 @@ def train(config: Config) -> int:
         stopping = stack.enter_context(_stop_on_signals())
         compiled = stack.enter_context(count_compilations())
         checkpoints = stack.enter_context(
-            Checkpoints(checkpoint_folder(config), keep=config.checkpoint.keep)
+            Checkpoints(
+                checkpoint_folder(config),
+                keep=config.checkpoint.keep,
+                on_failure=config.checkpoint.on_failure,
+            )
         )
-        resumed = checkpoints.latest_step()
-        writer = stack.enter_context(_open_writer(config, resumed))
+        state, saved = _restore(run, optimizer, checkpoints)
+        resumed = None if state is None else int(saved["step"])
+        # Not before: what is written since the checkpoint is dropped.
+        writer = stack.enter_context(_open_writer(config, resumed, saved.get("files")))
         writer.say(_describe(config, run))
-        state, evaluated = _first_state(config, run, optimizer, checkpoints, writer)
+        if state is None:
+            state = _first_state(config, run, optimizer, writer)
+        else:
+            writer.say(f"resumed at step {resumed} from {checkpoint_folder(config)}{changes}")
+        evaluated = saved.get("evaluated", -1)
         run = run._replace(params=None)  # the state holds them now, and donates them
 
         @stack.push
@@ -137,7 +147,7 @@ def train(config: Config) -> int:
             """A reward function that fails after hours costs a line, not the steps since a save."""
             del kind, trace
             if isinstance(error, InputError) and jax.process_count() == 1:
-                checkpoints.save(int(state.step), state, {"evaluated": evaluated})
+                _save(checkpoints, writer, state, evaluated)
 
         stack.push(_name_the_missing)
         broken = 0
@@ -148,8 +158,9 @@ def train(config: Config) -> int:
                 _evaluate(config, run, state.student, evaluation_key, step, writer, checkpoints)
                 evaluated = step
             ends = (stopped := stopping()) or step == config.steps
+            checkpoints.check()
             if ends or (step != resumed and _saves(config, step)):
-                checkpoints.save(step, state, {"evaluated": evaluated})
+                _save(checkpoints, writer, state, evaluated)
             if ends:
                 break
 
@@ -190,6 +201,11 @@ def train(config: Config) -> int:
                     "has the newest state"
                 )
         checkpoints.wait()
+        if checkpoints.latest_step() != step:
+            raise RunError(
+                f"checkpoints: the run ended at step {step}, which is not saved (its newest "
+                f"checkpoint: {checkpoints.latest_step()}); the same command goes on from there"
+            )
         writer.say(f"{'stopped' if stopped else 'done'} at step {step}: {config.output_dir}")
     return STOPPED if stopped else 0
 
@@ -197,25 +213,42 @@ def train(config: Config) -> int:
 # ---- parts of the loop ---------------------------------------------------------------------------
 
 
-def _open_writer(config: Config, resumed: int | None) -> Writer:
+def _open_writer(config: Config, resumed: int | None, sizes: dict[str, int] | None) -> Writer:
     return Writer(
         config.output_dir,
         config.metrics,
         total_steps=config.steps,
         resume_from=resumed,
+        sizes=sizes,
         run_config=dataclasses.asdict(config),
         active=sharding.is_main(),
     )
 
 
-def _first_state(config, run, optimizer, checkpoints, writer) -> tuple[TrainState, int]:
-    """The newest checkpoint, or the model after its warm start; and the step evaluated last."""
-    if checkpoints.latest_step() is not None:
-        like = abstract_train_state(run.params, optimizer)
-        jax.tree.map(lambda p: p.delete(), run.params)  # room for what is restored
-        state, saved = checkpoints.restore(like)
-        writer.say(f"resumed at step {int(state.step)} from {checkpoint_folder(config)}")
-        return state, saved["evaluated"]
+def _restore(run: Run, optimizer: Any, checkpoints: Checkpoints) -> tuple[Any, dict[str, Any]]:
+    """The newest whole checkpoint and what was saved with it; None and nothing without one."""
+    if checkpoints.latest_step() is None:
+        return None, {}
+    like = abstract_train_state(run.params, optimizer)
+    jax.tree.map(lambda p: p.delete(), run.params)  # room for what is restored
+    return checkpoints.restore(like)
+
+
+def _save(checkpoints: Checkpoints, writer: Writer, state: TrainState, evaluated: int) -> None:
+    """Saves the state, and where the files of the run end, which must be on the disk before it."""
+    step, sizes, problem = int(state.step), {}, None
+    try:
+        sizes = writer.sizes()
+    except OSError as error:
+        problem = error
+    if sharding.agree_max([problem is not None])[0]:
+        checkpoints.failed(step, problem or RuntimeError("the metrics cannot be written"))
+    else:
+        checkpoints.save(step, state, {"evaluated": evaluated, "files": sizes})
+
+
+def _first_state(config: Config, run: Run, optimizer: Any, writer: Writer) -> TrainState:
+    """The model, after its warm start."""
     params = run.params
     if config.warm_start.steps:
         params = warm_start(
@@ -232,7 +265,7 @@ def _first_state(config, run, optimizer, checkpoints, writer) -> tuple[TrainStat
                 "warm start", done, config.warm_start.steps, {"loss": loss}
             ),
         )
-    return init_train_state(params, optimizer), -1
+    return init_train_state(params, optimizer)
 
 
 def _rollout(
@@ -473,30 +506,61 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
         )
 
 
-def _claim_folder(config: Config) -> None:
-    """Writes config.yaml; a folder that holds another run is refused, so that nothing is lost."""
+FREE = {"steps", "output_dir", "mesh", "distributed", "metrics", "checkpoint"}
+FREE |= {"evaluation.every", "evaluation.preflight_questions", "data.micro_batches"}
+"""Fields and sections that may change when a run is resumed: they do not change what it computes,
+but for rounding. The rest of `evaluation` may not, or its numbers could not be compared."""
+
+
+def _claim_folder(config: Config) -> str:
+    """Writes config.yaml; a folder that holds another run is refused, so that nothing is lost.
+
+    Returns:
+      What changed since the run was started, in words; empty where nothing did.
+    """
     path = os.path.join(config.output_dir, "config.yaml")
-    free = {"steps", "output_dir", "mesh", "distributed", "metrics", "checkpoint"}
-    text = config_module.dump(config)
+    changes = []
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            before = yaml.safe_load(file)
-        now = yaml.safe_load(text)
-        for name in now.keys() - free:
-            if (was := before.get(name)) != now[name]:
+        before, now = (dict(_flat(draccus.encode(c))) for c in (config_module.load(path), config))
+        for name in sorted(before.keys() | now.keys()):
+            was, is_now = before.get(name), now.get(name)
+            if was == is_now:
+                continue
+            if not {name, name.partition(".")[0]} & FREE:
                 raise InputError(
-                    f"output_dir: {config.output_dir} holds a run with another {name} ({was}, now "
-                    f"{now[name]}); choose another folder, or delete this one to start anew"
+                    f"{name}: got {fields.show(is_now)}; {config.output_dir} holds a run with "
+                    f"{fields.show(was)}: choose another output_dir, or delete this one to start "
+                    "anew"
                 )
+            if name != "output_dir":
+                changes.append(f"{name} {fields.show(was)} -> {fields.show(is_now)}")
     if sharding.is_main():
+        fresh = f"{path}.tmp"  # and renamed, so that there is never half a file
         try:
             os.makedirs(config.output_dir, exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
+            try:
+                with open(fresh, "w", encoding="utf-8") as file:
+                    file.write(config_module.dump(config))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(fresh, path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(fresh)
         except OSError as error:
             raise InputError(
                 f"output_dir: {config.output_dir} cannot be written ({error.strerror})"
             ) from error
+    return f" (changed: {', '.join(changes)})" if changes else ""
+
+
+def _flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of everything in a configuration."""
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, values
 
 
 def _describe(config: Config, run: Run) -> str:
