@@ -19,12 +19,12 @@ Orbax is imported when a folder is opened, not before: `import pgpo_jax` stays f
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import glob
 import itertools
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -185,7 +185,7 @@ class Checkpoints:
             f"({_plain(error)}); {newest}"
         )
         if self._stops:
-            raise RunError(f"{message}; make room and give the same command again") from error
+            raise RunError(f"{message}; mend that and give the same command again") from error
         _warn(f"{message}; the run goes on and tries again at the next")
 
     def restore(self, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
@@ -471,11 +471,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _plain(error: BaseException) -> str:
-    """Why a save failed; TensorStore's own words fill a screen."""
-    text = str(error)
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
-        return "no space left on the device"
-    return _first_line(error)
+    """Why a save failed; what TensorStore says besides fills a screen."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    system = os.strerror(int(found[1])) if found else getattr(error, "strerror", None)
+    return system or _first_line(error)
 
 
 def _warn(text: str) -> None:
