@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import glob
 import itertools
 import json
 import os
@@ -34,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from pgpo_jax import contents, sharding
+from pgpo_jax import contents, lines, sharding
 from pgpo_jax.errors import InputError, RunError, command, printable, require
 
 if TYPE_CHECKING:
@@ -495,10 +494,6 @@ def _quiet() -> Iterator[None]:
 # --- two runs ------------------------------------------------------------------------------
 
 
-MEASURED = ("time/", "tokens_per_second/", "compilations")
-"""Metrics that differ between equal runs."""
-
-
 def compare(one: str, other: str) -> str | None:
     """Where two runs differ first: newest checkpoint, metrics or samples; None if nowhere.
 
@@ -510,7 +505,7 @@ def compare(one: str, other: str) -> str | None:
       InputError: A folder is no run, or its checkpoint cannot be read.
     """
     return next(
-        itertools.chain(_array_differences(one, other), _line_differences(one, other)), None
+        itertools.chain(_array_differences(one, other), lines.differences(one, other)), None
     )
 
 
@@ -523,40 +518,7 @@ def _array_differences(*runs: str) -> Iterator[str]:
                 best = checkpoints.arrays("best")
                 arrays |= {f"best/{path}": array for path, array in best.items()}
             saved.append(arrays)
-    one, other = saved
-    for path in [*one, *(path for path in other if path not in one)]:
-        if path not in one or path not in other:
-            yield f"{path} is only in {runs[path in other]}"
-            continue
-        a, b = one[path], other[path]
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            yield f"{path} is {a.dtype.name}{list(a.shape)} and {b.dtype.name}{list(b.shape)}"
-        elif a.tobytes() != b.tobytes():
-            count = np.count_nonzero(np.ravel(a) != np.ravel(b))
-            yield f"{path} differs in {count} of {a.size} values"
-
-
-def _line_differences(one: str, other: str) -> Iterator[str]:
-    names = {
-        os.path.basename(path)
-        for run in (one, other)
-        for kind in ("metrics", "samples")
-        for path in glob.glob(os.path.join(glob.escape(run), f"{kind}*.jsonl"))
-    }
-    for name in sorted(names):
-        rows = [_rows(os.path.join(run, name)) for run in (one, other)]
-        for number, (a, b) in enumerate(itertools.zip_longest(*rows), start=1):
-            if a != b:
-                yield f"{name} differs in line {number}"
-
-
-def _rows(path: str) -> list[dict[str, Any]]:
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    # NaN would differ from itself; as text it does not.
-    return [{k: str(v) for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
+    return contents.array_differences(*saved, names=runs)
 
 
 def _checkpoints_of(run: str) -> str:

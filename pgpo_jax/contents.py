@@ -1,10 +1,11 @@
 """What a tree of arrays holds: types, shapes and checksums, so that a checkpoint can be judged."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped, UInt32
 
 from pgpo_jax import sharding
@@ -34,6 +35,22 @@ def differences(saved: Mapping[str, str], asked: Mapping[str, str]) -> list[str]
         for path in sorted(saved.keys() | asked.keys())
         if saved.get(path) != asked.get(path)
     ]
+
+
+def array_differences(
+    one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], names: Sequence[str]
+) -> Iterator[str]:
+    """One line for every array that is not, bit by bit, in both; `names` are theirs."""
+    for path in [*one, *(path for path in other if path not in one)]:
+        if path not in one or path not in other:
+            yield f"{path} is only in {names[path in other]}"
+            continue
+        a, b = one[path], other[path]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            yield f"{path} is {a.dtype.name}{list(a.shape)} and {b.dtype.name}{list(b.shape)}"
+        elif a.tobytes() != b.tobytes():
+            count = np.count_nonzero(np.ravel(a) != np.ravel(b))
+            yield f"{path} differs in {count} of {a.size} values"
 
 
 def abstract(tree: Any) -> Any:

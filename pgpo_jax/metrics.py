@@ -39,6 +39,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pgpo_jax.errors import InputError, printable, require
+from pgpo_jax.lines import Lines
 from pgpo_jax.watch import Watch, is_number
 
 Row = Mapping[str, Any]
@@ -144,7 +145,7 @@ class Writer:
             self._trackers.append(tracker)
         with _writable(folder):
             self._files = {
-                name: _File(folder / name, resume_from, (sizes or {}).get(name))
+                name: Lines(folder / name, resume_from, (sizes or {}).get(name))
                 for name in ("metrics.jsonl", "samples.jsonl")
             }
 
@@ -411,79 +412,6 @@ def _writable(folder: Path) -> Iterator[None]:
         raise InputError(
             f"output_dir: {folder} cannot be written ({error}); give a folder of your own"
         ) from error
-
-
-class _File:
-    """A JSON-lines file to append to, which holds whole lines only.
-
-    Args:
-      path: Of the file.
-      resume_from: Rows of later steps are dropped; None starts it anew.
-      size: Bytes to keep, where that is known, instead of what `resume_from` says.
-    """
-
-    def __init__(self, path: Path, resume_from: int | None, size: int | None) -> None:
-        self._waiting: list[bytes] = []
-        old = path.stat().st_size if path.exists() else 0
-        if resume_from is None:
-            size = 0
-        elif size is None or size > old:  # an older checkpoint, or the user's own changes
-            _drop_rows_after(path, resume_from)
-            size = path.stat().st_size
-        self._size = size
-        self._file = path.open("ab", buffering=0)
-        self._file.truncate(size)
-
-    @property
-    def waits(self) -> bool:
-        """Whether lines are in memory only."""
-        return bool(self._waiting)
-
-    def append(self, line: str) -> None:
-        """Writes a line, after those that wait; where it cannot be, an OSError, and it waits."""
-        self._waiting.append(line.encode("utf-8", errors="replace"))
-        self._write()
-
-    def sync(self) -> int:
-        """All lines on the disk; returns the bytes."""
-        self._write()
-        os.fsync(self._file.fileno())
-        return self._size
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # said when the line was written
-            self._write()
-        self._file.close()
-
-    def _write(self) -> None:
-        while self._waiting:
-            line = self._waiting[0]
-            try:
-                written = 0
-                while written < len(line):
-                    written += self._file.write(line[written:])
-            except OSError:
-                self._file.truncate(self._size)  # no part of a line stays
-                raise
-            self._size += len(line)
-            del self._waiting[0]
-
-
-def _drop_rows_after(path: Path, step: int) -> None:
-    kept = []
-    if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # the line at which a run was killed
-                if row["step"] <= step:
-                    kept.append(line if line.endswith("\n") else line + "\n")
-    # Through a second file, so that a crash here cannot lose the history.
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    fresh.replace(path)
 
 
 def _line(row: Row) -> str:

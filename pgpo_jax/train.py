@@ -15,16 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import draccus
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from pgpo_jax import config as config_module
-from pgpo_jax import data, fields, hf, sampler, sharding, tasks
+from pgpo_jax import data, hf, sampler, sharding, tasks
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.checks import check_run
+from pgpo_jax.claim import claim_folder
 from pgpo_jax.config import Config
 from pgpo_jax.data import Contexts, Rollouts
 from pgpo_jax.errors import InputError, RunError, command
@@ -106,7 +106,7 @@ def train(config: Config) -> int:
         questions_per_step=config.data.questions_per_step,
     )
     batch_indices(step=0)  # too few questions are found now, not after the warm start
-    changes = _claim_folder(config)
+    changes = claim_folder(config)
     optimizer = make_optimizer(config.optimizer)
     train_step = make_train_step(
         run.graphdef,
@@ -504,63 +504,6 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
             f"{rows} rows); must divide by {hosts} hosts, and rows by {parts} devices (data x fsdp)"
             f" x {micro_batches} micro-batches"
         )
-
-
-FREE = {"steps", "output_dir", "mesh", "distributed", "metrics", "checkpoint"}
-FREE |= {"evaluation.every", "evaluation.preflight_questions", "data.micro_batches"}
-"""Fields and sections that may change when a run is resumed: they do not change what it computes,
-but for rounding. The rest of `evaluation` may not, or its numbers could not be compared."""
-
-
-def _claim_folder(config: Config) -> str:
-    """Writes config.yaml; a folder that holds another run is refused, so that nothing is lost.
-
-    Returns:
-      What changed since the run was started, in words; empty where nothing did.
-    """
-    path = os.path.join(config.output_dir, "config.yaml")
-    changes = []
-    if os.path.exists(path):
-        before, now = (dict(_flat(draccus.encode(c))) for c in (config_module.load(path), config))
-        for name in sorted(before.keys() | now.keys()):
-            was, is_now = before.get(name), now.get(name)
-            if was == is_now:
-                continue
-            if not {name, name.partition(".")[0]} & FREE:
-                raise InputError(
-                    f"{name}: got {fields.show(is_now)}; {config.output_dir} holds a run with "
-                    f"{fields.show(was)}: choose another output_dir, or delete this one to start "
-                    "anew"
-                )
-            if name != "output_dir":
-                changes.append(f"{name} {fields.show(was)} -> {fields.show(is_now)}")
-    if sharding.is_main():
-        fresh = f"{path}.tmp"  # and renamed, so that there is never half a file
-        try:
-            os.makedirs(config.output_dir, exist_ok=True)
-            try:
-                with open(fresh, "w", encoding="utf-8") as file:
-                    file.write(config_module.dump(config))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(fresh, path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(fresh)
-        except OSError as error:
-            raise InputError(
-                f"output_dir: {config.output_dir} cannot be written ({error.strerror})"
-            ) from error
-    return f" (changed: {', '.join(changes)})" if changes else ""
-
-
-def _flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of everything in a configuration."""
-    if isinstance(values, dict) and values:
-        for key, value in values.items():
-            yield from _flat(value, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, values
 
 
 def _describe(config: Config, run: Run) -> str:

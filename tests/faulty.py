@@ -28,7 +28,7 @@ PLACES = {
     "commit": ("os", "rename"),
     "deletion": ("shutil", "rmtree"),
     "config": ("os", "replace"),
-    "cut": ("pgpo_jax.metrics", "_File.__init__"),
+    "cut": ("pgpo_jax.lines", "Lines.__init__"),
 }
 AFTER = {"update", "best", "save", "cut"}  # in the middle of what the call has begun
 
