@@ -6,8 +6,9 @@ responses to one question belong together.
 
 Files are the truth: one JSON object a line, flushed at once, so that a killed run loses nothing.
 Every metrics row has `step`, the number of updates done. NaN and infinities, which JSON does not
-have, become null. A resumed run drops the rows after its checkpoint and appends, so a file reads as
-if the run had never stopped.
+have, become null. A resumed run cuts its files where they ended when its checkpoint was saved and
+appends, so a file reads as if the run had never stopped. Rows that find no space stay in memory
+until there is some; a file holds whole lines only.
 
 The console shows progress with the time left (a bar on a terminal, otherwise a line every so
 often), sample responses, and warnings in plain words (those of `watch.py`).
@@ -42,6 +43,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pgpo_jax.errors import InputError, printable, require
+from pgpo_jax.lines import Lines
 from pgpo_jax.watch import is_number
 
 Row = Mapping[str, Any]
@@ -101,6 +103,7 @@ class Writer:
         *,
         total_steps: int,
         resume_from: int | None = None,
+        sizes: Mapping[str, int] | None = None,
         run_config: Mapping[str, Any] | None = None,
         active: bool = True,
     ) -> None:
@@ -112,6 +115,7 @@ class Writer:
           total_steps: Updates of the whole run, for the time left.
           resume_from: The step of the restored checkpoint: rows after it are dropped. None starts
             the files anew.
+          sizes: What `sizes` returned when it was saved: files are cut there, not by their steps.
           run_config: The resolved configuration, for the trackers.
           active: False on all hosts but the first: nothing is written or said.
 
@@ -143,9 +147,10 @@ class Writer:
             tracker = TRACKERS[name](self._config, folder.resolve(), settings, resume_from)
             self._trackers.append(tracker)
         with _writable(folder):
-            self._metrics = _open(folder / "metrics.jsonl", resume_from)
-            self._samples = _open(folder / "samples.jsonl", resume_from)
-            self._evaluations = _open(folder / "evaluations.jsonl", resume_from)
+            self._files = {
+                name: Lines(folder / name, resume_from, (sizes or {}).get(name))
+                for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
+            }
 
     def __enter__(self) -> "Writer":
         return self
@@ -164,7 +169,7 @@ class Writer:
         if not self._active:
             return
         plain = {name: _plain(value) for name, value in row.items() if name != "step"}
-        self._metrics.write(_line({"step": int(step), **plain}))
+        self._append("metrics.jsonl", {"step": int(step), **plain})
         finite = {name: v for name, v in plain.items() if is_number(v) and math.isfinite(v)}
         for tracker in self._trackers:
             tracker.log(int(step), finite)
@@ -192,7 +197,7 @@ class Writer:
         chosen = [{**records[place], **(more(place) if more else {})} for place in places]
         for record in chosen:
             plain = {name: _plain(value) for name, value in record.items() if name != "step"}
-            self._samples.write(_line({"step": int(step), **plain}))
+            self._append("samples.jsonl", {"step": int(step), **plain})
         every = self._config.samples_shown_every
         if chosen and every and step % every == 0:
             columns = ("prompt", "response", "reward")
@@ -202,7 +207,29 @@ class Writer:
     def evaluation(self, step: int, rewards: Sequence[float]) -> None:
         """Writes the mean reward of every held-out question, in order, to evaluations.jsonl."""
         if self._active:
-            self._evaluations.write(_line({"step": int(step), "rewards": list(rewards)}))
+            self._append("evaluations.jsonl", {"step": int(step), "rewards": list(rewards)})
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, all of it on the disk: where a run that resumes here cuts them.
+
+        Raises:
+          OSError: Rows are still in memory, because there is no space for them.
+        """
+        if not self._active:
+            return {}
+        return {name: file.sync() for name, file in self._files.items()}
+
+    def _append(self, name: str, row: Row) -> None:
+        file = self._files[name]
+        told = file.waits
+        try:
+            file.append(_line(row))
+        except OSError as error:
+            if not told:
+                self.warn(
+                    f"{name} cannot be written ({error.strerror}); its rows are kept in memory "
+                    "until it can"
+                )
 
     def progress(self, phase: str, done: int, total: int, row: Row | None = None) -> None:
         """Tells how far a phase ("warm start", "train") is; writes no file.
@@ -259,10 +286,12 @@ class Writer:
             return
         text = printable(text)
         # On a terminal rich wraps and moves the bar; a log gets the line as it is, at once.
-        if self._console.is_terminal:
-            self._console.print(Text(text))
-        else:
-            print(text, file=sys.stdout, flush=True)
+        # A log that is full, or a reader that went away, must not end the run.
+        with contextlib.suppress(OSError):
+            if self._console.is_terminal:
+                self._console.print(Text(text))
+            else:
+                print(text, file=sys.stdout, flush=True)
 
     def warn(self, text: str) -> None:
         """Prints a warning."""
@@ -275,9 +304,8 @@ class Writer:
         self._closed = True
         if self._progress is not None:
             self._progress.stop()
-        self._metrics.close()
-        self._samples.close()
-        self._evaluations.close()
+        for file in self._files.values():
+            file.close()
         for tracker in self._trackers:
             tracker.close()
 
@@ -393,25 +421,6 @@ def _writable(folder: Path) -> Iterator[None]:
         raise InputError(
             f"output_dir: {folder} cannot be written ({error}); give a folder of your own"
         ) from error
-
-
-def _open(path: Path, resume_from: int | None) -> Any:
-    """Opens a JSON-lines file for appending, having dropped the rows after `resume_from`."""
-    kept = []
-    if resume_from is not None and path.exists():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # the line at which a run was killed
-                if row["step"] <= resume_from:
-                    kept.append(line if line.endswith("\n") else line + "\n")
-    # Through a second file, so that a crash here cannot lose the history.
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    fresh.replace(path)
-    return path.open("a", encoding="utf-8", errors="replace", buffering=1)
 
 
 def _line(row: Row) -> str:

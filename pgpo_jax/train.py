@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import yaml
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -26,9 +25,10 @@ from pgpo_jax import config as config_module
 from pgpo_jax import data, hf, sampler, sharding, tasks
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.checks import check_run
+from pgpo_jax.claim import claim_folder
 from pgpo_jax.config import Config
 from pgpo_jax.data import Contexts, Evidence, Rollouts
-from pgpo_jax.errors import InputError, command, printable
+from pgpo_jax.errors import InputError, RunError, command, printable
 from pgpo_jax.evaluate import answer, evaluate, held_out, question_rewards, verify
 from pgpo_jax.metrics import Writer, count_compilations
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
@@ -124,7 +124,7 @@ def train(config: Config) -> int:
         questions_per_step=config.data.questions_per_step,
     )
     batch_indices(step=0)  # too few questions are found now, not after the warm start
-    _claim_folder(config)
+    changes = claim_folder(config)
     optimizer = make_optimizer(config.optimizer)
     train_step = make_train_step(
         run.graphdef,
@@ -148,27 +148,38 @@ def train(config: Config) -> int:
         stopping = stack.enter_context(_stop_on_signals())
         compiled = stack.enter_context(count_compilations())
         checkpoints = stack.enter_context(
-            Checkpoints(checkpoint_folder(config), keep=config.checkpoint.keep)
+            Checkpoints(
+                checkpoint_folder(config),
+                keep=config.checkpoint.keep,
+                on_failure=config.checkpoint.on_failure,
+            )
         )
-        resumed = checkpoints.latest_step()
-        writer = stack.enter_context(_open_writer(config, resumed))
+        state, saved = _restore(run, optimizer, checkpoints)
+        resumed = None if state is None else int(saved["step"])
+        # Not before: what is written since the checkpoint is dropped.
+        writer = stack.enter_context(_open_writer(config, resumed, saved.get("files")))
         writer.say(_describe(config, run))
-        state, evaluated, watched = _first_state(config, run, optimizer, checkpoints, writer)
-        watch = Watch(config.alarms, watched)  # on every host alike: its rows are those of all
+        if state is None:
+            state = _first_state(config, run, optimizer, writer)
+        else:
+            writer.say(f"resumed at step {resumed} from {checkpoint_folder(config)}{changes}")
+        evaluated = saved.get("evaluated", -1)
+        # On every host alike: its rows are those of all.
+        watch = Watch(config.alarms, saved.get("watch"))
         ending = watch.end()
         if ending and ending.code:
             ending = None  # whoever comes back after a failure wants to go on
         run = run._replace(params=None, teacher=None)  # the state holds and donates them
 
-        def saved() -> dict[str, Any]:
-            return {"evaluated": evaluated, "watch": watch.state}
+        def save() -> None:
+            _save(checkpoints, writer, state, {"evaluated": evaluated, "watch": watch.state})
 
         @stack.push
         def save_before_a_mistake_ends_it(kind, error, trace) -> None:
             """A reward function that fails after hours costs a line, not the steps since a save."""
             del kind, trace
             if isinstance(error, InputError) and jax.process_count() == 1:
-                checkpoints.save(int(state.step), state, saved())
+                save()
 
         stack.push(_name_the_missing)
 
@@ -179,8 +190,9 @@ def train(config: Config) -> int:
                 _evaluate(config, run, state.student, evaluation_key, step, writer, checkpoints)
                 evaluated = step
             ends = (stopped := stopping()) or done
+            checkpoints.check()
             if ends or (step != resumed and _saves(config, step)):
-                checkpoints.save(step, state, saved())
+                save()
             if ends:
                 break
 
@@ -231,6 +243,11 @@ def train(config: Config) -> int:
                 ),
             )
         checkpoints.wait()
+        if checkpoints.latest_step() != step:
+            raise RunError(
+                f"checkpoints: the run ended at step {step}, which is not saved (its newest "
+                f"checkpoint: {checkpoints.latest_step()}); the same command goes on from there"
+            )
         if ending is None:
             writer.say(f"{'stopped' if stopped else 'done'} at step {step}: {config.output_dir}")
             return STOPPED if stopped else 0
@@ -241,28 +258,44 @@ def train(config: Config) -> int:
 # ---- parts of the loop ---------------------------------------------------------------------------
 
 
-def _open_writer(config: Config, resumed: int | None) -> Writer:
+def _open_writer(config: Config, resumed: int | None, sizes: dict[str, int] | None) -> Writer:
     return Writer(
         config.output_dir,
         config.metrics,
         total_steps=config.steps,
         resume_from=resumed,
+        sizes=sizes,
         run_config=dataclasses.asdict(config),
         active=sharding.is_main(),
     )
 
 
-def _first_state(
-    config, run, optimizer, checkpoints, writer
-) -> tuple[TrainState, int, dict[str, Any] | None]:
-    """The newest checkpoint, or the model after its warm start; the step evaluated last; the
-    watch's state."""
-    if checkpoints.latest_step() is not None:
-        like = abstract_train_state(run.params, optimizer, run.teacher)
-        jax.tree.map(lambda p: p.delete(), (run.params, run.teacher))  # room for what is restored
-        state, saved = checkpoints.restore(like)
-        writer.say(f"resumed at step {int(state.step)} from {checkpoint_folder(config)}")
-        return state, saved["evaluated"], saved.get("watch")
+def _restore(run: Run, optimizer: Any, checkpoints: Checkpoints) -> tuple[Any, dict[str, Any]]:
+    """The newest whole checkpoint and what was saved with it; None and nothing without one."""
+    if checkpoints.latest_step() is None:
+        return None, {}
+    like = abstract_train_state(run.params, optimizer, run.teacher)
+    jax.tree.map(lambda p: p.delete(), (run.params, run.teacher))  # room for what is restored
+    return checkpoints.restore(like)
+
+
+def _save(
+    checkpoints: Checkpoints, writer: Writer, state: TrainState, counters: dict[str, Any]
+) -> None:
+    """Saves the state, and where the files of the run end, which must be on the disk before it."""
+    step, sizes, problem = int(state.step), {}, None
+    try:
+        sizes = writer.sizes()
+    except OSError as error:
+        problem = error
+    if sharding.agree_max([problem is not None])[0]:
+        checkpoints.failed(step, problem or RuntimeError("the metrics cannot be written"))
+    else:
+        checkpoints.save(step, state, {**counters, "files": sizes})
+
+
+def _first_state(config: Config, run: Run, optimizer: Any, writer: Writer) -> TrainState:
+    """The model, after its warm start."""
     params = run.params
     if config.warm_start.steps:
         params = warm_start(
@@ -279,7 +312,7 @@ def _first_state(
                 "warm start", done, config.warm_start.steps, {"loss": loss}
             ),
         )
-    return init_train_state(params, optimizer, run.teacher), -1, None
+    return init_train_state(params, optimizer, run.teacher)
 
 
 def _rollout(
@@ -569,32 +602,6 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
             f"{rows} rows); must divide by {hosts} hosts, and rows by {parts} devices (data x fsdp)"
             f" x {micro_batches} micro-batches"
         )
-
-
-def _claim_folder(config: Config) -> None:
-    """Writes config.yaml; a folder that holds another run is refused, so that nothing is lost."""
-    path = os.path.join(config.output_dir, "config.yaml")
-    free = {"steps", "output_dir", "mesh", "distributed", "metrics", "checkpoint", "alarms"}
-    text = config_module.dump(config)
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            before = yaml.safe_load(file)
-        now = yaml.safe_load(text)
-        for name in now.keys() - free:
-            if (was := before.get(name)) != now[name]:
-                raise InputError(
-                    f"output_dir: {config.output_dir} holds a run with another {name} ({was}, now "
-                    f"{now[name]}); choose another folder, or delete this one to start anew"
-                )
-    if sharding.is_main():
-        try:
-            os.makedirs(config.output_dir, exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise InputError(
-                f"output_dir: {config.output_dir} cannot be written ({error.strerror})"
-            ) from error
 
 
 def _describe(config: Config, run: Run) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -13,8 +14,13 @@ import yaml
 from test_train import TINY, without_time
 
 
-def start(config, count, ranks=None, **variables):
-    """One training process per rank, with one CPU device each."""
+def start(config, count, ranks=None, hits=None, **variables):
+    """One training process per rank, with one CPU device each.
+
+    `hits` (rank -> place, times, signal of faulty.py) says where which of them is hit.
+    """
+    faulty = str(pathlib.Path(__file__).parent / "faulty.py")
+    commands = {rank: [faulty, *map(str, hit)] for rank, hit in (hits or {}).items()}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -28,7 +34,7 @@ def start(config, count, ranks=None, **variables):
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "pgpo_jax.train", str(config)],
+            [sys.executable, *commands.get(rank, ["-m", "pgpo_jax.train"]), str(config)],
             env={**environment, "JAX_PROCESS_ID": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

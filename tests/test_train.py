@@ -136,7 +136,9 @@ def test_another_run_in_the_same_folder_is_refused_and_nothing_is_lost(write, tm
     assert code(train.main, write(steps=1, evaluation={"every": 0})) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert code(train.main, write(evaluation={"every": 0}), "--optimizer.alpha", "0") == 2
-    assert "holds a run with another optimizer" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: optimizer.alpha: got 0.0; ")
+    assert "holds a run with 1.0: choose another output_dir" in error
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
