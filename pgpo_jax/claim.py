@@ -35,8 +35,8 @@ def claim_folder(config: Config) -> str:
             if not free:
                 raise InputError(
                     f"{name}: got {fields.show(is_now)}; {config.output_dir} holds a run with "
-                    f"{fields.show(was)}: choose another output_dir, delete this one to start anew, "
-                    "or go on all the same with checkpoint.accept_changes"
+                    f"{fields.show(was)}: choose another output_dir, or delete this one to start "
+                    "anew (--checkpoint.accept_changes true goes on all the same)"
                 )
             if name != "output_dir":
                 changes.append(f"{name} {fields.show(was)} -> {fields.show(is_now)}")
