@@ -63,6 +63,8 @@ ARMS: dict[str, dict[str, Any]] = {
         "optimizer.alpha_end": 0.0,
         "optimizer.alpha_steps": "{steps}",
     },
+    "pgpo_token": {"optimizer.alpha": 0.0, "objective.token_weight": "information"},
+    "grpo": {"optimizer.alpha": 0.0, "objective.distillation": 0.0, "objective.policy": 1.0},
     "sdpo_matched_rate": {"optimizer.alpha": 0.0, "optimizer.learning_rate": "{matched_rate}"},
     "sdpo_matched_rate_to_best": {
         "optimizer.alpha": 0.0,
@@ -166,9 +168,8 @@ def is_finished(config: Config) -> bool:
         steps = curves.read(folder).steps
     except (InputError, OSError, ValueError, IndexError):
         return False
-    free = {
-        name: getattr(config, name) for name in ("metrics", "mesh", "checkpoint", "distributed")
-    }
+    sections = ("metrics", "alarms", "checkpoint", "mesh", "distributed")
+    free = {name: getattr(config, name) for name in sections}
     # Where anything else differs, `train` refuses the folder in one line that says what.
     return dataclasses.replace(before, **free) == config and steps[-1] == config.steps
 

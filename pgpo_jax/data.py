@@ -53,6 +53,21 @@ class Contexts(NamedTuple):
     """How many teacher prompts needed a shorter demonstration (or feedback) to fit."""
 
 
+class Evidence(NamedTuple):
+    """Prompts that show a final answer, for methods that weigh tokens by it; one row a response."""
+
+    prompts: Int[Either, "row right_time"]
+    """The prompt with the right final answer, left-padded."""
+    prompt_mask: Bool[Either, "row right_time"]
+    """True at its real tokens."""
+    wrong_prompts: Int[Either, "row wrong_time"]
+    """The prompt with a wrong response's final answer; the plain prompt where there is none."""
+    wrong_prompt_mask: Bool[Either, "row wrong_time"]
+    """True at its real tokens."""
+    has_wrong: Bool[Either, " row"]
+    """Whether the group has a wrong response to show."""
+
+
 class Batch(NamedTuple):
     """One batch for the training step: ``N = Q * G`` rows, question-major."""
 
@@ -72,6 +87,10 @@ class Batch(NamedTuple):
     """True where the teacher got a demonstration or feedback."""
     sampler_log_probs: Float[Either, "row time"]
     """Log-probabilities of the sampled tokens as the sampler saw them, nats."""
+    rewards: Float[Either, " row"] | None = None
+    """What the verifier gave, for objectives that read it (`objectives`)."""
+    evidence: Evidence | None = None
+    """Prompts with final answers in them, for objectives that need them."""
 
 
 @dataclass(frozen=True)
@@ -267,8 +286,19 @@ def batch_indices(
     return _epoch_order(seed, epoch, total)[start : start + questions_per_step].copy()
 
 
-def make_batch(rollouts: Rollouts, contexts: Contexts) -> Batch:
+def make_batch(
+    rollouts: Rollouts,
+    contexts: Contexts,
+    rewards: Sequence[Sequence[float]] | None = None,
+    evidence: Evidence | None = None,
+) -> Batch:
     """Joins rollouts and teacher contexts into rows; a prompt is repeated for its group.
+
+    Args:
+        rollouts: the responses.
+        contexts: what the teacher sees before each.
+        rewards: ``[question][sample]``, for objectives that read them.
+        evidence: for objectives that need it.
 
     Raises:
         ValueError: if the contexts are not one row per response.
@@ -289,4 +319,6 @@ def make_batch(rollouts: Rollouts, contexts: Contexts) -> Batch:
         response_mask=np.asarray(rollouts.response_mask).reshape(rows, time),
         has_context=contexts.has_context,
         sampler_log_probs=np.asarray(rollouts.log_probs).reshape(rows, time),
+        rewards=None if rewards is None else np.asarray(rewards, np.float32).reshape(rows),
+        evidence=evidence,
     )

@@ -1,4 +1,4 @@
-"""The one exception a user causes, and how a command reports it."""
+"""The exception a user causes, the one that the world causes, and how a command reports them."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -7,6 +7,10 @@ from typing import NoReturn
 
 class InputError(ValueError):
     """Bad input or configuration: one line with the field, what was got, and the rule or fix."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on for a reason outside of it, such as a full disk: one line, exit code 1."""
 
 
 def command(
@@ -19,15 +23,15 @@ def command(
       argv: The arguments; those of this process when None.
 
     Raises:
-      SystemExit: With the code that `main` returned, or with 2 after an `InputError`, which becomes
-        the single line `error: ...` on stderr. Every other exception passes through (a traceback
-        and exit code 1).
+      SystemExit: With the code that `main` returned, or with 2 after an `InputError` and 1 after a
+        `RunError`, which become the single line `error: ...` on stderr. Every other exception
+        passes through (a traceback and exit code 1).
     """
     try:
         code = main(sys.argv[1:] if argv is None else argv)
-    except InputError as error:
+    except (InputError, RunError) as error:
         print("error: " + printable(" ".join(str(error).split())), file=sys.stderr, flush=True)
-        code = 2
+        code = 2 if isinstance(error, InputError) else 1
     raise SystemExit(code or 0)
 
 

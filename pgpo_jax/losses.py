@@ -19,9 +19,9 @@ Aggregation = Literal["sequence_mean", "token_mean"]
 class DistillationConfig:
     """How the student is pulled towards the teacher, and how their information is estimated."""
 
-    kind: Literal["forward_kl", "reverse_kl", "jsd", "sampled"] = "jsd"
+    kind: Literal["forward_kl", "reverse_kl", "jsd", "sampled", "choice"] = "jsd"
     """Divergence per response token; `sampled` is the cheap score-function estimate of the reverse
-    KL."""
+    KL, `choice` the cross-entropy with the teacher's likeliest token (TGPO, reg)."""
     jsd_weight: float = 0.5
     """Weight w of the teacher in the mixture M = (1 - w) student + w teacher of `jsd`."""
     top_k: int | None = 100
@@ -40,8 +40,6 @@ class DistillationConfig:
         "entropy_gap"
     )
     """What the multiplier reads as the information I."""
-    ema_rate: float = 0.05
-    """The teacher moves by this part of its distance to the student after every step."""
     chunk_size: int = 256
     """Response tokens (per device) whose logits exist at a time in the vocabulary pass."""
 
@@ -59,7 +57,6 @@ class DistillationConfig:
                 self.importance_cap is None or self.importance_cap > 0,
                 "positive, or null",
             ),
-            ema_rate=(0 <= self.ema_rate <= 1, "in [0, 1]"),
             chunk_size=(self.chunk_size >= 1, "at least 1"),
         )
 

@@ -6,11 +6,12 @@ responses to one question belong together.
 
 Files are the truth: one JSON object a line, flushed at once, so that a killed run loses nothing.
 Every metrics row has `step`, the number of updates done. NaN and infinities, which JSON does not
-have, become null. A resumed run drops the rows after its checkpoint and appends, so a file reads as
-if the run had never stopped.
+have, become null. A resumed run cuts its files where they ended when its checkpoint was saved and
+appends, so a file reads as if the run had never stopped. Rows that find no space stay in memory
+until there is some; a file holds whole lines only.
 
 The console shows progress with the time left (a bar on a terminal, otherwise a line every so
-often), sample responses, and warnings in plain words (`Watch`).
+often), sample responses, and warnings in plain words (those of `watch.py`).
 """
 
 import contextlib
@@ -42,7 +43,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pgpo_jax.errors import InputError, printable, require
-from pgpo_jax.watch import Watch, is_number
+from pgpo_jax.lines import Lines
+from pgpo_jax.watch import is_number
 
 Row = Mapping[str, Any]
 
@@ -101,6 +103,7 @@ class Writer:
         *,
         total_steps: int,
         resume_from: int | None = None,
+        sizes: Mapping[str, int] | None = None,
         run_config: Mapping[str, Any] | None = None,
         active: bool = True,
     ) -> None:
@@ -112,6 +115,7 @@ class Writer:
           total_steps: Updates of the whole run, for the time left.
           resume_from: The step of the restored checkpoint: rows after it are dropped. None starts
             the files anew.
+          sizes: What `sizes` returned when it was saved: files are cut there, not by their steps.
           run_config: The resolved configuration, for the trackers.
           active: False on all hosts but the first: nothing is written or said.
 
@@ -121,7 +125,6 @@ class Writer:
         self._config = config or MetricsConfig()
         self._active = active
         self._total = total_steps
-        self._watch = Watch()
         self._bars: dict[str, TaskID] = {}
         self._phases: dict[str, _Phase] = {}
         self._console = Console(highlight=False)
@@ -144,9 +147,10 @@ class Writer:
             tracker = TRACKERS[name](self._config, folder.resolve(), settings, resume_from)
             self._trackers.append(tracker)
         with _writable(folder):
-            self._metrics = _open(folder / "metrics.jsonl", resume_from)
-            self._samples = _open(folder / "samples.jsonl", resume_from)
-            self._evaluations = _open(folder / "evaluations.jsonl", resume_from)
+            self._files = {
+                name: Lines(folder / name, resume_from, (sizes or {}).get(name))
+                for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
+            }
 
     def __enter__(self) -> "Writer":
         return self
@@ -154,45 +158,46 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, step: int, row: Row) -> list[str]:
+    def write(self, step: int, row: Row, warnings: Iterable[str] = ()) -> None:
         """Adds a row of metrics to the file and the trackers, and tells how it goes.
 
         Args:
           step: Updates done.
           row: Names to numbers (of Python, numpy or jax; one element each), text or null.
-
-        Returns:
-          The warnings that it gave rise to, as said on the console.
+          warnings: What it gave rise to, said after it.
         """
         if not self._active:
-            return []
+            return
         plain = {name: _plain(value) for name, value in row.items() if name != "step"}
-        self._metrics.write(_line({"step": int(step), **plain}))
+        self._append("metrics.jsonl", {"step": int(step), **plain})
         finite = {name: v for name, v in plain.items() if is_number(v) and math.isfinite(v)}
         for tracker in self._trackers:
             tracker.log(int(step), finite)
-        warnings = self._watch.check(plain)
         if "loss" in plain:
             self.progress("train", step, self._total, plain)
         else:
             self.say(f"step {step}: {_summary(plain)}")
         for warning in warnings:
             self.warn(f"step {step}: {warning}")
-        return warnings
 
-    def samples(self, step: int, records: Iterable[Row]) -> None:
+    def samples(
+        self, step: int, records: Iterable[Row], more: Callable[[int], Row] | None = None
+    ) -> None:
         """Writes some of a step's responses to samples.jsonl and, now and then, shows a few.
 
         Args:
           step: Updates done when they were sampled.
           records: One mapping a response, with at least `prompt`, `response` and `reward`.
+          more: Further fields of the record of that number; asked for those that are written.
         """
         if not self._active:
             return
-        chosen = _different_first(list(records), self._config.samples_per_step)
+        records = list(records)
+        places = _different_first(records, self._config.samples_per_step)
+        chosen = [{**records[place], **(more(place) if more else {})} for place in places]
         for record in chosen:
             plain = {name: _plain(value) for name, value in record.items() if name != "step"}
-            self._samples.write(_line({"step": int(step), **plain}))
+            self._append("samples.jsonl", {"step": int(step), **plain})
         every = self._config.samples_shown_every
         if chosen and every and step % every == 0:
             columns = ("prompt", "response", "reward")
@@ -202,7 +207,29 @@ class Writer:
     def evaluation(self, step: int, rewards: Sequence[float]) -> None:
         """Writes the mean reward of every held-out question, in order, to evaluations.jsonl."""
         if self._active:
-            self._evaluations.write(_line({"step": int(step), "rewards": list(rewards)}))
+            self._append("evaluations.jsonl", {"step": int(step), "rewards": list(rewards)})
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, all of it on the disk: where a run that resumes here cuts them.
+
+        Raises:
+          OSError: Rows are still in memory, because there is no space for them.
+        """
+        if not self._active:
+            return {}
+        return {name: file.sync() for name, file in self._files.items()}
+
+    def _append(self, name: str, row: Row) -> None:
+        file = self._files[name]
+        told = file.waits
+        try:
+            file.append(_line(row))
+        except OSError as error:
+            if not told:
+                self.warn(
+                    f"{name} cannot be written ({error.strerror}); its rows are kept in memory "
+                    "until it can"
+                )
 
     def progress(self, phase: str, done: int, total: int, row: Row | None = None) -> None:
         """Tells how far a phase ("warm start", "train") is; writes no file.
@@ -259,10 +286,12 @@ class Writer:
             return
         text = printable(text)
         # On a terminal rich wraps and moves the bar; a log gets the line as it is, at once.
-        if self._console.is_terminal:
-            self._console.print(Text(text))
-        else:
-            print(text, file=sys.stdout, flush=True)
+        # A log that is full, or a reader that went away, must not end the run.
+        with contextlib.suppress(OSError):
+            if self._console.is_terminal:
+                self._console.print(Text(text))
+            else:
+                print(text, file=sys.stdout, flush=True)
 
     def warn(self, text: str) -> None:
         """Prints a warning."""
@@ -275,9 +304,8 @@ class Writer:
         self._closed = True
         if self._progress is not None:
             self._progress.stop()
-        self._metrics.close()
-        self._samples.close()
-        self._evaluations.close()
+        for file in self._files.values():
+            file.close()
         for tracker in self._trackers:
             tracker.close()
 
@@ -395,25 +423,6 @@ def _writable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _open(path: Path, resume_from: int | None) -> Any:
-    """Opens a JSON-lines file for appending, having dropped the rows after `resume_from`."""
-    kept = []
-    if resume_from is not None and path.exists():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # the line at which a run was killed
-                if row["step"] <= resume_from:
-                    kept.append(line if line.endswith("\n") else line + "\n")
-    # Through a second file, so that a crash here cannot lose the history.
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    fresh.replace(path)
-    return path.open("a", encoding="utf-8", errors="replace", buffering=1)
-
-
 def _line(row: Row) -> str:
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -438,13 +447,13 @@ def _short(value: Any, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
-def _different_first(records: list[Row], count: int) -> list[Row]:
-    """At most `count` records: the first of each prompt, then the others."""
+def _different_first(records: list[Row], count: int) -> list[int]:
+    """Numbers of at most `count` records: the first of each prompt, then the others."""
     first: dict[str, int] = {}
     for index, record in enumerate(records):
         first.setdefault(record["prompt"], index)
     others = (index for index in range(len(records)) if index not in set(first.values()))
-    return [records[index] for index in [*first.values(), *others][:count]]
+    return [*first.values(), *others][:count]
 
 
 def _duration(seconds: float) -> str:

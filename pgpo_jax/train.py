@@ -8,6 +8,7 @@ student towards what the teacher would have said.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import signal
 import sys
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import yaml
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -25,13 +25,14 @@ from pgpo_jax import config as config_module
 from pgpo_jax import data, hf, sampler, sharding, tasks
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.checks import check_run
+from pgpo_jax.claim import claim_folder
 from pgpo_jax.config import Config
-from pgpo_jax.data import Contexts, Rollouts
-from pgpo_jax.errors import InputError, command
+from pgpo_jax.data import Contexts, Evidence, Rollouts
+from pgpo_jax.errors import InputError, RunError, command, printable
 from pgpo_jax.evaluate import answer, evaluate, held_out, question_rewards, verify
 from pgpo_jax.metrics import Writer, count_compilations
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
-from pgpo_jax.reprompt import reprompt
+from pgpo_jax.reprompt import reprompt, show_answers
 from pgpo_jax.rollout import rollout
 from pgpo_jax.step import (
     TrainState,
@@ -43,11 +44,10 @@ from pgpo_jax.step import (
 from pgpo_jax.tasks import Question, Task
 from pgpo_jax.verifiers import Outcome
 from pgpo_jax.warm_start import warm_start
+from pgpo_jax.watch import End, Watch
 
 STOPPED = 75
 """Exit code after a signal: the state is saved, the same command goes on (EX_TEMPFAIL)."""
-MOST_BROKEN_STEPS = 10
-"""So many updates in a row without finite gradients end the run."""
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -63,6 +63,10 @@ class Run(NamedTuple):
     tokenizer: Any
     sampling: sampler.SamplingConfig
     """The sampling section with the model's end tokens and vocabulary."""
+    teacher_graphdef: nnx.GraphDef | None = None
+    """The teacher's model, where it is another one (`teacher.path`)."""
+    teacher: Any = None
+    """Its parameters."""
 
 
 def load_run(config: Config) -> Run:
@@ -84,7 +88,21 @@ def load_run(config: Config) -> Run:
         sampling = dataclasses.replace(sampling, vocab_size=len(tokenizer))
     architecture = nnx.merge(graphdef, params).config
     check_run(task, architecture, tokenizer, sampling, config.data, config.reprompt)
-    return Run(mesh, task, graphdef, params, tokenizer, sampling)
+    run = Run(mesh, task, graphdef, params, tokenizer, sampling)
+    if config.teacher.path is None:
+        return run
+    section = dataclasses.replace(config.model, path=config.teacher.path, architecture=None)
+    theirs, teacher, other_tokenizer = hf.from_section(section, mesh, jax.random.key(0))
+    if other_tokenizer is not None and other_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"teacher.path: {config.teacher.path} has another vocabulary than the student; its "
+            "choice of token would mean nothing, so take a teacher of the same family"
+        )
+    if (size := nnx.merge(theirs, teacher).config.vocab_size) != architecture.vocab_size:
+        raise InputError(
+            f"teacher.path: got a model of {size} tokens; the student has {architecture.vocab_size}"
+        )
+    return run._replace(teacher_graphdef=theirs, teacher=teacher)
 
 
 def checkpoint_folder(config: Config) -> str:
@@ -106,16 +124,22 @@ def train(config: Config) -> int:
         questions_per_step=config.data.questions_per_step,
     )
     batch_indices(step=0)  # too few questions are found now, not after the warm start
-    _claim_folder(config)
+    changes = claim_folder(config)
     optimizer = make_optimizer(config.optimizer)
     train_step = make_train_step(
         run.graphdef,
         optimizer,
         config.distillation,
-        train_state_shardings(run.params, optimizer),
+        train_state_shardings(run.params, optimizer, run.teacher),
+        objective=config.objective,
+        teacher_config=config.teacher,
+        teacher_graphdef=run.teacher_graphdef,
+        num_samples=config.sampling.num_samples,
+        threshold=config.reprompt.threshold,
         micro_batches=config.data.micro_batches,
         vocab_size=run.sampling.vocab_size,
         estimators=config.metrics.estimators,
+        per_token=config.metrics.samples_per_step > 0,
     )
     rates = learning_rate(config.optimizer)
     step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
@@ -124,32 +148,51 @@ def train(config: Config) -> int:
         stopping = stack.enter_context(_stop_on_signals())
         compiled = stack.enter_context(count_compilations())
         checkpoints = stack.enter_context(
-            Checkpoints(checkpoint_folder(config), keep=config.checkpoint.keep)
+            Checkpoints(
+                checkpoint_folder(config),
+                keep=config.checkpoint.keep,
+                on_failure=config.checkpoint.on_failure,
+            )
         )
-        resumed = checkpoints.latest_step()
-        writer = stack.enter_context(_open_writer(config, resumed))
+        state, saved = _restore(run, optimizer, checkpoints)
+        resumed = None if state is None else int(saved["step"])
+        # Not before: what is written since the checkpoint is dropped.
+        writer = stack.enter_context(_open_writer(config, resumed, saved.get("files")))
         writer.say(_describe(config, run))
-        state, evaluated = _first_state(config, run, optimizer, checkpoints, writer)
-        run = run._replace(params=None)  # the state holds them now, and donates them
+        if state is None:
+            state = _first_state(config, run, optimizer, writer)
+        else:
+            writer.say(f"resumed at step {resumed} from {checkpoint_folder(config)}{changes}")
+        evaluated = saved.get("evaluated", -1)
+        # On every host alike: its rows are those of all.
+        watch = Watch(config.alarms, saved.get("watch"))
+        ending = watch.end()
+        if ending and ending.code:
+            ending = None  # whoever comes back after a failure wants to go on
+        run = run._replace(params=None, teacher=None)  # the state holds and donates them
+
+        def save() -> None:
+            _save(checkpoints, writer, state, {"evaluated": evaluated, "watch": watch.state})
 
         @stack.push
         def save_before_a_mistake_ends_it(kind, error, trace) -> None:
             """A reward function that fails after hours costs a line, not the steps since a save."""
             del kind, trace
             if isinstance(error, InputError) and jax.process_count() == 1:
-                checkpoints.save(int(state.step), state, {"evaluated": evaluated})
+                save()
 
         stack.push(_name_the_missing)
-        broken = 0
 
         while True:
             step = int(state.step)
-            if step != evaluated and _is_due(config, step) and not stopping():
+            done = step == config.steps or ending is not None
+            if step != evaluated and _is_due(config, step, done) and not stopping():
                 _evaluate(config, run, state.student, evaluation_key, step, writer, checkpoints)
                 evaluated = step
-            ends = (stopped := stopping()) or step == config.steps
+            ends = (stopped := stopping()) or done
+            checkpoints.check()
             if ends or (step != resumed and _saves(config, step)):
-                checkpoints.save(step, state, {"evaluated": evaluated})
+                save()
             if ends:
                 break
 
@@ -162,10 +205,14 @@ def train(config: Config) -> int:
             sampled = time.perf_counter()
             outcomes = verify(run.task, questions, rollouts.texts)
             contexts = _reprompt(config, run, questions, rollouts, outcomes, step)
+            evidence = _show_answers(config, run, questions, rollouts, outcomes)
             prompted = time.perf_counter()
-            batch = sharding.to_global(data.make_batch(rollouts, contexts), run.mesh)
+            rewards = [[outcome.reward for outcome in group] for group in outcomes]
+            batch = data.make_batch(rollouts, contexts, rewards, evidence)
+            batch = sharding.to_global(batch, run.mesh)
             updates = int(information_state(state.opt_state).count)
             state, measured = train_step(state, batch)
+            divergence = sharding.to_host(measured.pop("token_divergence", None))
             # Nothing is gained by fetching one step late: the next answers need this student.
             measured = {name: float(value) for name, value in jax.device_get(measured).items()}
             ended = time.perf_counter()
@@ -173,6 +220,7 @@ def train(config: Config) -> int:
             row = _summarise(config, run, rollouts, outcomes, contexts)
             tokens = row.pop("tokens")
             row |= measured | {
+                "skipped/total": step - updates + int(measured["skipped"]),
                 "lr": float(np.asarray(rates(updates))),
                 "time/rollout": sampled - started,
                 "time/reprompt": prompted - sampled,
@@ -181,41 +229,73 @@ def train(config: Config) -> int:
                 "tokens_per_second/train": tokens / (ended - prompted),
                 "compilations": compiled.total(),
             }
-            writer.write(step + 1, row)
-            writer.samples(step + 1, _records(run, questions, rollouts, outcomes, contexts))
-            broken = 0 if measured["finite"] else broken + 1
-            if broken == MOST_BROKEN_STEPS:
-                raise RuntimeError(
-                    f"{broken} updates in a row were not finite; {checkpoint_folder(config)} "
-                    "has the newest state"
-                )
+            fired = watch.check(row)
+            ending = watch.end()
+            row["information/running_mean"] = watch.running_information
+            if fired:
+                row["alarm"] = ", ".join(alarm.name for alarm in fired)
+            writer.write(step + 1, row, [alarm.text for alarm in fired])
+            writer.samples(
+                step + 1,
+                _records(run, questions, rollouts, outcomes, contexts),
+                lambda row, rollouts=rollouts, divergence=divergence: _per_token(
+                    run, rollouts, divergence, row
+                ),
+            )
         checkpoints.wait()
-        writer.say(f"{'stopped' if stopped else 'done'} at step {step}: {config.output_dir}")
-    return STOPPED if stopped else 0
+        if checkpoints.latest_step() != step:
+            raise RunError(
+                f"checkpoints: the run ended at step {step}, which is not saved (its newest "
+                f"checkpoint: {checkpoints.latest_step()}); the same command goes on from there"
+            )
+        if ending is None:
+            writer.say(f"{'stopped' if stopped else 'done'} at step {step}: {config.output_dir}")
+            return STOPPED if stopped else 0
+        _say_the_end(ending, step, config, writer)
+    return ending.code
 
 
 # ---- parts of the loop ---------------------------------------------------------------------------
 
 
-def _open_writer(config: Config, resumed: int | None) -> Writer:
+def _open_writer(config: Config, resumed: int | None, sizes: dict[str, int] | None) -> Writer:
     return Writer(
         config.output_dir,
         config.metrics,
         total_steps=config.steps,
         resume_from=resumed,
+        sizes=sizes,
         run_config=dataclasses.asdict(config),
         active=sharding.is_main(),
     )
 
 
-def _first_state(config, run, optimizer, checkpoints, writer) -> tuple[TrainState, int]:
-    """The newest checkpoint, or the model after its warm start; and the step evaluated last."""
-    if checkpoints.latest_step() is not None:
-        like = abstract_train_state(run.params, optimizer)
-        jax.tree.map(lambda p: p.delete(), run.params)  # room for what is restored
-        state, saved = checkpoints.restore(like)
-        writer.say(f"resumed at step {int(state.step)} from {checkpoint_folder(config)}")
-        return state, saved["evaluated"]
+def _restore(run: Run, optimizer: Any, checkpoints: Checkpoints) -> tuple[Any, dict[str, Any]]:
+    """The newest whole checkpoint and what was saved with it; None and nothing without one."""
+    if checkpoints.latest_step() is None:
+        return None, {}
+    like = abstract_train_state(run.params, optimizer, run.teacher)
+    jax.tree.map(lambda p: p.delete(), (run.params, run.teacher))  # room for what is restored
+    return checkpoints.restore(like)
+
+
+def _save(
+    checkpoints: Checkpoints, writer: Writer, state: TrainState, counters: dict[str, Any]
+) -> None:
+    """Saves the state, and where the files of the run end, which must be on the disk before it."""
+    step, sizes, problem = int(state.step), {}, None
+    try:
+        sizes = writer.sizes()
+    except OSError as error:
+        problem = error
+    if sharding.agree_max([problem is not None])[0]:
+        checkpoints.failed(step, problem or RuntimeError("the metrics cannot be written"))
+    else:
+        checkpoints.save(step, state, {**counters, "files": sizes})
+
+
+def _first_state(config: Config, run: Run, optimizer: Any, writer: Writer) -> TrainState:
+    """The model, after its warm start."""
     params = run.params
     if config.warm_start.steps:
         params = warm_start(
@@ -232,7 +312,7 @@ def _first_state(config, run, optimizer, checkpoints, writer) -> tuple[TrainStat
                 "warm start", done, config.warm_start.steps, {"loss": loss}
             ),
         )
-    return init_train_state(params, optimizer), -1
+    return init_train_state(params, optimizer, run.teacher)
 
 
 def _rollout(
@@ -271,6 +351,32 @@ def _reprompt(
     (width,) = sharding.agree_max([contexts.prompts.shape[1]])
     prompts, mask = data.widen_left(contexts.prompts, contexts.prompt_mask, width)
     return contexts._replace(prompts=prompts, prompt_mask=mask)
+
+
+def _show_answers(
+    config: Config,
+    run: Run,
+    questions: Sequence[Question],
+    rollouts: Rollouts,
+    outcomes: Sequence[Sequence[Outcome]],
+) -> Evidence | None:
+    """Prompts with final answers in them, where the objective weighs tokens by those."""
+    if not config.objective.needs_evidence:
+        return None
+    evidence = show_answers(
+        questions,
+        rollouts,
+        outcomes,
+        config.reprompt,
+        run.tokenizer,
+        run.task.templates,
+        template_options=config.data.template_options,
+    )
+    right, right_mask, wrong, wrong_mask, has_wrong = map(np.asarray, evidence)
+    right_width, wrong_width = sharding.agree_max([right.shape[1], wrong.shape[1]])
+    right, right_mask = data.widen_left(right, right_mask, right_width)
+    wrong, wrong_mask = data.widen_left(wrong, wrong_mask, wrong_width)
+    return Evidence(right, right_mask, wrong, wrong_mask, has_wrong)
 
 
 def _evaluate(config, run, student, key, step, writer, checkpoints) -> None:
@@ -353,7 +459,7 @@ def _summarise(
     rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
     contexts: Contexts,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Metrics of rewards, groups and lengths, over all hosts."""
     flat = [outcome for group in outcomes for outcome in group]
     lengths = rollouts.response_mask.sum(-1).reshape(-1)
@@ -415,15 +521,38 @@ def _records(run, questions, rollouts, outcomes, contexts) -> list[dict[str, Any
     ]
 
 
-def _is_due(config: Config, step: int) -> bool:
+def _per_token(run: Run, rollouts: Rollouts, divergence: np.ndarray, row: int) -> dict[str, Any]:
+    """The texts of a response's tokens, and the divergence at each in nats."""
+    mask = rollouts.response_mask.reshape(-1, rollouts.response_mask.shape[-1])[row]
+    tokens, places = np.unique(
+        rollouts.responses.reshape(-1, mask.size)[row][mask], return_inverse=True
+    )
+    texts = run.tokenizer.batch_decode(tokens[:, None].tolist(), clean_up_tokenization_spaces=False)
+    values = divergence[row][mask].tolist()
+    return {
+        "tokens": [texts[place] for place in places],
+        "divergence": [round(value, 4) if math.isfinite(value) else None for value in values],
+    }
+
+
+def _is_due(config: Config, step: int, done: bool) -> bool:
     every = config.evaluation.every
-    return every > 0 and (step % every == 0 or step == config.steps)
+    return every > 0 and (step % every == 0 or done)
 
 
 def _saves(config: Config, step: int) -> bool:
     if step == 0:
         return config.warm_start.steps > 0  # not to be done again after an interruption
     return config.checkpoint.every > 0 and step % config.checkpoint.every == 0
+
+
+def _say_the_end(ending: End, step: int, config: Config, writer: Writer) -> None:
+    """Why the run ends early: on the console, a failure as an error on stderr."""
+    text = f"ended at step {step}: {ending.text}; {checkpoint_folder(config)} has the newest state"
+    if ending.code and sharding.is_main():
+        print("error: " + printable(text), file=sys.stderr, flush=True)
+    if not ending.code:
+        writer.say(text + "; to go on, take it out of alarms.stop_on and give the command again")
 
 
 @contextlib.contextmanager
@@ -473,32 +602,6 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
             f"{rows} rows); must divide by {hosts} hosts, and rows by {parts} devices (data x fsdp)"
             f" x {micro_batches} micro-batches"
         )
-
-
-def _claim_folder(config: Config) -> None:
-    """Writes config.yaml; a folder that holds another run is refused, so that nothing is lost."""
-    path = os.path.join(config.output_dir, "config.yaml")
-    free = {"steps", "output_dir", "mesh", "distributed", "metrics", "checkpoint"}
-    text = config_module.dump(config)
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            before = yaml.safe_load(file)
-        now = yaml.safe_load(text)
-        for name in now.keys() - free:
-            if (was := before.get(name)) != now[name]:
-                raise InputError(
-                    f"output_dir: {config.output_dir} holds a run with another {name} ({was}, now "
-                    f"{now[name]}); choose another folder, or delete this one to start anew"
-                )
-    if sharding.is_main():
-        try:
-            os.makedirs(config.output_dir, exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise InputError(
-                f"output_dir: {config.output_dir} cannot be written ({error.strerror})"
-            ) from error
 
 
 def _describe(config: Config, run: Run) -> str:

@@ -201,7 +201,7 @@ def test_a_study_runs_from_warm_start_to_figure_and_goes_on_where_it_stopped(
 
     # Other settings in the same folder are an error in one line, and no result.
     assert ablation.main([*arguments, "--arms", "sdpo", "--optimizer.eps", "1e-6"]) == 1
-    assert "holds a run with another optimizer" in capsys.readouterr().out
+    assert "optimizer.eps: got 1e-06; " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -239,6 +239,6 @@ def test_every_arm_is_a_valid_configuration_of_its_own(ablation, tmp_path):
     to_best = found["sdpo_matched_rate_to_best"].optimizer.learning_rate
     assert to_best == pytest.approx(1.5 * rate)
     assert found["sdpo_other_seeds_rho"].optimizer.replay.endswith("pgpo_1.0/seed_1/metrics.jsonl")
-    different = {(c.optimizer, c.distillation) for c in found.values()}
+    different = {(c.optimizer, c.objective) for c in found.values()}
     assert len(different) == len(ablation.ARMS)
     assert {c.model.path for c in found.values()} == {str(study.folder("start", 0) / "model")}

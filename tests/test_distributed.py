@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -13,8 +14,13 @@ import yaml
 from test_train import TINY, without_time
 
 
-def start(config, count, ranks=None, **variables):
-    """One training process per rank, with one CPU device each."""
+def start(config, count, ranks=None, hits=None, **variables):
+    """One training process per rank, with one CPU device each.
+
+    `hits` (rank -> place, times, signal of faulty.py) says where which of them is hit.
+    """
+    faulty = str(pathlib.Path(__file__).parent / "faulty.py")
+    commands = {rank: [faulty, *map(str, hit)] for rank, hit in (hits or {}).items()}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -28,7 +34,7 @@ def start(config, count, ranks=None, **variables):
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "pgpo_jax.train", str(config)],
+            [sys.executable, *commands.get(rank, ["-m", "pgpo_jax.train"]), str(config)],
             env={**environment, "JAX_PROCESS_ID": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -62,6 +68,12 @@ def write(tmp_path):
     return write
 
 
+def divergences(tmp_path, name):
+    """By step, question and response: what the first process wrote of its own rows."""
+    rows = map(json.loads, (tmp_path / name / "samples.jsonl").read_text().splitlines())
+    return {(row["step"], row["key"], row["response"]): row["divergence"] for row in rows}
+
+
 def metrics(tmp_path, name):
     lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
     return [without_time(json.loads(line)) for line in lines]
@@ -76,6 +88,11 @@ def test_two_and_four_processes_give_the_losses_of_one(write, tmp_path):
     for count in (2, 4):
         for row, expected in zip(metrics(tmp_path, f"processes-{count}"), single, strict=True):
             assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        everything = divergences(tmp_path, "processes-1")
+        mine = divergences(tmp_path, f"processes-{count}")
+        assert mine
+        for place, values in mine.items():
+            assert values == pytest.approx(everything[place], abs=2e-4)  # they are rounded
 
 
 @pytest.mark.slow
