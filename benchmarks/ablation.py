@@ -204,8 +204,11 @@ def _train(config: Config) -> str | None:
     folder = pathlib.Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "console.txt").open("a") as console, contextlib.redirect_stdout(console):
-        _stopped = train.train(config) == train.STOPPED
-    return "stopped" if _stopped else None
+        code = train.train(config)
+    _stopped = code == train.STOPPED
+    if _stopped:
+        return "stopped"
+    return None if code == 0 else f"ended with code {code}; see {folder / 'console.txt'}"
 
 
 def _safely(do, *arguments) -> str | None:
