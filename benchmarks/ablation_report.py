@@ -236,7 +236,7 @@ def _panels(figure, runs: Runs, others: Sequence[str], baseline: str, columns: i
         both = sorted(ours.keys() & theirs.keys())
         for found, color in ((theirs, GREY), (ours, BLUE)):
             steps = next(iter(found.values())).steps
-            _band(top, steps, [100 * curve.accuracy for curve in found.values()], color)
+            _band(top, steps, [100 * curve.accuracy for curve in found.values()], color, (0, 100))
             every = np.arange(1, steps[-1] + 1)
             _band(
                 bottom, every, [_smooth(c, every) for c in found.values() if len(c.updates)], color
@@ -261,7 +261,13 @@ def _smooth(curve: Curve, steps: np.ndarray) -> np.ndarray:
     return np.interp(steps, curve.updates, smooth)
 
 
-def _band(axes, steps: np.ndarray, rows: Sequence[np.ndarray], color: str) -> None:
+def _band(
+    axes,
+    steps: np.ndarray,
+    rows: Sequence[np.ndarray],
+    color: str,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+) -> None:
     if not rows:
         return
     values = np.array(rows)
@@ -270,7 +276,8 @@ def _band(axes, steps: np.ndarray, rows: Sequence[np.ndarray], color: str) -> No
     axes.plot(steps, mean, color=color, linewidth=1.8)
     if len(values) > 1:
         half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values, axis=0)
-        axes.fill_between(steps, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
+        low, high = np.clip([mean - half, mean + half], *bounds)
+        axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
 
 
 def _forest(axes, last: Sequence[Mapping[str, Any]], mean: Sequence[Mapping[str, Any]]) -> None:
