@@ -317,7 +317,9 @@ def describe(study: Study, arm: str, seed: int) -> str:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --seed is a field of the configuration
     )
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to N - 1 (default: 10)")
