@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -83,6 +83,9 @@ class DataConfig:
 
     micro_batches: int = 1
     """Parts that a step's rows are worked through in, to save memory; changes no number."""
+
+    packing: Literal["auto", "always", "never"] = "auto"
+    """PLACEHOLDER"""
 
     max_prompt_length: int = 2048
     """Longest question prompt in tokens; a longer one is an error, never cut."""

@@ -11,10 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from pgpo_jax import information, losses, sharding
+from pgpo_jax import information, losses, packing, sharding
 from pgpo_jax.data import Batch
 from pgpo_jax.fused import distill
 from pgpo_jax.optimizer import information_state, init_state, state_shardings
+from pgpo_jax.packing import Packed
 
 
 class TrainState(NamedTuple):
@@ -70,7 +71,7 @@ def make_train_step(
     micro_batches: int = 1,
     vocab_size: int | None = None,
     estimators: Sequence[information.Estimator] = (),
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+) -> Callable[[TrainState, Batch | Packed], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Builds the jitted update: both forwards, divergence, information, optimizer, teacher.
 
     An update is skipped, the state but for `step` left as it was, when no response has a teacher
@@ -95,17 +96,12 @@ def make_train_step(
     mesh = shardings.step.mesh
     wanted = tuple(dict.fromkeys((config.estimator, *estimators)))
 
-    def loss_fn(student, teacher, batch: Batch, weights):
-        rows = (batch.responses, batch.response_mask)
+    def loss_fn(student, teacher, batch: Batch | Packed, weights):
         model, teacher_model = nnx.merge(graphdef, student), nnx.merge(graphdef, teacher)
-        hidden = model.response_hidden(batch.prompts, batch.prompt_mask, *rows)
-        teacher_hidden = teacher_model.response_hidden(
-            batch.teacher_prompts, batch.teacher_prompt_mask, *rows
-        )
         loss, terms = distill(
-            _flat(hidden),
+            packing.response_hidden(model, batch, "student"),
             model.head(),
-            _flat(teacher_hidden),
+            packing.response_hidden(teacher_model, batch, "teacher"),
             teacher_model.head(),
             _flat(batch.responses),
             _flat(weights["loss"]),
@@ -131,7 +127,7 @@ def make_train_step(
         }
         return loss, {"loss": loss, **measured}
 
-    def gradients(student, teacher, batch: Batch, weights):
+    def gradients(student, teacher, batch: Batch | Packed, weights):
         """Summed over micro-batches; the weights were fixed on the whole batch."""
         grad_fn = jax.grad(loss_fn, has_aux=True)
         if micro_batches == 1:
@@ -148,13 +144,14 @@ def make_train_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(accumulate, zeros, parts)[0]
 
-    def train_step(state: TrainState, batch: Batch):
-        mask, context = jnp.asarray(batch.response_mask), jnp.asarray(batch.has_context)
-        weights = {
-            "loss": losses.token_weights(mask, context, config.aggregation),
-            "context": information.token_weights(mask, context),
-            "every": information.token_weights(mask, jnp.ones_like(context)),
+    def train_step(state: TrainState, batch: Batch | Packed):
+        lengths, context = packing.response_lengths(batch), jnp.asarray(batch.has_context).ravel()
+        per_response = {
+            "loss": losses.response_weights(lengths, context, config.aggregation),
+            "context": information.response_weights(lengths, context),
+            "every": information.response_weights(lengths, jnp.ones_like(context)),
         }
+        weights = {name: packing.to_tokens(batch, x) for name, x in per_response.items()}
         grads, measured = gradients(state.student, state.teacher, batch, weights)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & ~jnp.isnan(measured["information"])
@@ -179,6 +176,7 @@ def make_train_step(
             "teacher_student_distance": distance,
             "finite": finite.astype(jnp.float32),
             "skipped": 1.0 - (finite & jnp.any(context)),
+            "padding_fraction": packing.padding_fraction(batch),
         }
         return state._replace(step=state.step + 1), measured
 
@@ -187,8 +185,8 @@ def make_train_step(
 
 
 def _flat(x: Any) -> Array:
-    """`[row, time, ...]` -> `[row * time, ...]`."""
-    return x.reshape(-1, *x.shape[2:])
+    """`[row, time]` or `[part, token]` -> `[token]`."""
+    return x.reshape(-1)
 
 
 def _weighted(terms: Array, weights: Array) -> Array:
@@ -197,7 +195,10 @@ def _weighted(terms: Array, weights: Array) -> Array:
 
 
 def _split(x: Array, parts: int, mesh: Mesh) -> Array:
-    """Rows -> `[part, row, ...]`, each spread over all devices: row r goes to part r % parts."""
+    """Rows -> `[part, row, ...]`, each spread over all devices: row r goes to part r % parts.
+
+    The first axis of a `Packed` is by device, then by micro-batch, so it is split the same way.
+    """
     x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
     where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
     return jax.lax.with_sharding_constraint(x, where)

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pgpo_jax import config as config_module
-from pgpo_jax import data, hf, sampler, sharding, tasks
+from pgpo_jax import data, hf, packing, sampler, sharding, tasks
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.checks import check_run
 from pgpo_jax.config import Config
@@ -163,7 +163,8 @@ def train(config: Config) -> int:
             outcomes = verify(run.task, questions, rollouts.texts)
             contexts = _reprompt(config, run, questions, rollouts, outcomes, step)
             prompted = time.perf_counter()
-            batch = sharding.to_global(data.make_batch(rollouts, contexts), run.mesh)
+            batch = packing.pack(data.make_batch(rollouts, contexts), config.data, run.mesh)
+            batch = sharding.to_global(batch, run.mesh)
             updates = int(information_state(state.opt_state).count)
             state, measured = train_step(state, batch)
             # Nothing is gained by fetching one step late: the next answers need this student.
