@@ -12,9 +12,11 @@ a gather within a part moves nothing between devices. Which response is in which
 number, for the weights are those of the whole batch.
 """
 
+import functools
 import heapq
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,16 +76,33 @@ def prompts_of(batch: Batch) -> dict[str, tuple[Either, Either]]:
     }
 
 
+class _Layout(NamedTuple):
+    """How a host's rows become so many parts."""
+
+    members: list[Int[Host, " member"]]
+    """The rows of each part."""
+    placed: dict[str, list[list[list[int]]]]
+    """By view and part: the packed rows, as lists of positions in `members`."""
+    needed: list[int]
+    """The most packed rows of a part, by view, then its most response tokens."""
+
+
+def groups(mesh: Mesh) -> int:
+    """Parts of one micro-batch: one for every device that has rows of its own."""
+    return math.lcm(mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count())
+
+
 def pack(batch: Batch, config: DataConfig, mesh: Mesh) -> Batch | Packed:
     """This host's rows packed, or as they are where that saves too little; see `data.packing`.
 
     All hosts call it together and get the same shapes. Widths are those of `data.bucket`, never
     above a padded row's; numbers of rows and tokens have four sizes per octave. So the shapes of a
-    run are few, however long its responses.
+    run are few, however long its responses. The micro-batches are the fewest that are in nothing
+    larger than those of the padded batch: fewer are fuller, and each reads all weights once.
 
     Args:
       batch: This host's rows, on the host.
-      config: Packing and micro-batches.
+      config: Packing and the most micro-batches.
       mesh: Rows will be split over its `data` and `fsdp` axes.
 
     Raises:
@@ -93,40 +112,58 @@ def pack(batch: Batch, config: DataConfig, mesh: Mesh) -> Batch | Packed:
     if config.packing == "never" or (config.packing == "auto" and on_gpu):
         return batch
     rows, time = batch.responses.shape
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = max(devices // jax.process_count(), 1) * config.micro_batches
-    if rows % parts:
+    own = groups(mesh) // jax.process_count()
+    each, left = divmod(rows, own * config.micro_batches)  # padded rows of a part
+    if left:
         if config.packing == "auto":
             return batch
         raise InputError(
-            f"data.packing: got always; the {rows} rows of a host must divide by its {parts} parts "
-            f"({config.micro_batches} micro-batches of each device)"
+            f"data.packing: got always; the {rows} rows of a host must divide by its {own} devices "
+            f"x {config.micro_batches} micro-batches; choose auto"
         )
     views = prompts_of(batch)
-    lengths = np.asarray(batch.response_mask).sum(axis=1)
-    # A response without tokens needs no place.
+    lengths = np.sum(batch.response_mask, axis=1, dtype=int)
     totals = {
-        name: np.where(lengths > 0, np.asarray(mask).sum(axis=1) + lengths, 0)
+        name: np.where(lengths > 0, np.sum(mask, axis=1, dtype=int) + lengths, 0)
         for name, (_, mask) in views.items()
     }
-    padded = {name: tokens.shape[1] + time for name, (tokens, _) in views.items()}
+    padded = {name: prompts.shape[1] + time for name, (prompts, _) in views.items()}
     longest = sharding.agree_max([int(total.max(initial=1)) for total in totals.values()])
     widths = {
         name: data.bucket(length, padded[name]) for name, length in zip(views, longest, strict=True)
     }
-    members = deal(sum(totals.values()), parts)
-    placed = {
-        name: [first_fit(totals[name][part], widths[name]) for part in members] for name in views
-    }
-    needed = [max(map(len, rows_of)) for rows_of in placed.values()]
-    needed.append(max(int(lengths[part].sum()) for part in members))
-    *heights, tokens = map(size, sharding.agree_max(needed))
-    counts = {name: min(n, rows // parts) for name, n in zip(views, heights, strict=True)}
-    tokens = min(tokens, rows // parts * time)
-    columns = parts * (sum(counts[name] * widths[name] for name in views) + tokens)
+    layouts = [
+        _lay_out(totals, lengths, widths, own * count)
+        for count in range(1, config.micro_batches + 1)
+        if rows % (own * count) == 0
+    ]
+    agreed = iter(sharding.agree_max([n for layout in layouts for n in layout.needed]))
+    for layout in layouts:
+        parts = len(layout.members)
+        heights = {name: min(size(next(agreed)), rows // parts) for name in views}
+        tokens = min(size(next(agreed)), rows // parts * time)
+        small = all(heights[name] * widths[name] <= each * padded[name] for name in views)
+        if small and tokens <= each * time:  # the last layout always is
+            break
+    columns = parts * (sum(heights[name] * widths[name] for name in views) + tokens)
     if config.packing == "auto" and columns > (1 - SAVING) * rows * (sum(padded.values()) + time):
         return batch
-    return _fill(batch, members, placed, widths, counts, tokens)
+    return _fill(batch, layout, widths, heights, tokens)
+
+
+def _lay_out(
+    totals: dict[str, Int[Host, " row"]],
+    lengths: Int[Host, " row"],
+    widths: dict[str, int],
+    parts: int,
+) -> _Layout:
+    members = deal(np.sum(list(totals.values()), axis=0), parts)
+    placed = {
+        name: [first_fit(total[part], widths[name]) for part in members]
+        for name, total in totals.items()
+    }
+    needed = [max(map(len, rows)) for rows in placed.values()]
+    return _Layout(members, placed, [*needed, max(int(lengths[part].sum()) for part in members)])
 
 
 def size(count: int) -> int:
@@ -169,60 +206,67 @@ def first_fit(totals: Sequence[int] | Int[Host, " member"], width: int) -> list[
 
 
 def _fill(
-    batch: Batch,
-    members: list[np.ndarray],
-    placed: dict[str, list[list[list[int]]]],
-    widths: dict[str, int],
-    counts: dict[str, int],
-    tokens: int,
+    batch: Batch, layout: _Layout, widths: dict[str, int], heights: dict[str, int], tokens: int
 ) -> Packed:
-    parts, each = len(members), len(members[0])
-    masks = [np.asarray(mask) for mask in batch.response_mask]
-    responses = [row[mask] for row, mask in zip(batch.responses, masks, strict=True)]
-    log_probs = [row[mask] for row, mask in zip(batch.sampler_log_probs, masks, strict=True)]
-    lengths = np.array([len(response) for response in responses], np.int32)
-    starts = [np.concatenate([[0], np.cumsum(lengths[rows])]) for rows in members]
+    """The arrays of a layout, at their agreed sizes."""
+    members, masks = layout.members, np.asarray(batch.response_mask)
+    parts = len(members)
 
-    def per_token(pieces: Sequence[Sequence[np.ndarray]], dtype: type) -> np.ndarray:
+    def joined(pieces: Iterable[Sequence[np.ndarray]], dtype: type) -> np.ndarray:
+        """The pieces of each part one after the other, then filler."""
         out = np.zeros((parts, tokens), dtype)
         for row, own in zip(out, pieces, strict=True):
             together = np.concatenate(own)
             row[: len(together)] = together
         return out
 
-    def view(name: str) -> View:
-        prompts, prompt_mask = prompts_of(batch)[name]
-        shape = (parts, counts[name], widths[name])
-        out = View(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros((parts, tokens), int))
-        for part, rows in enumerate(placed[name]):
-            for index, row in enumerate(rows):
-                end = 0
-                for segment, member in enumerate(row, start=1):
-                    owner = members[part][member]
-                    prompt = prompts[owner][prompt_mask[owner]]
-                    sequence = np.concatenate([prompt, responses[owner]])
-                    begin, end = end, end + len(sequence)
-                    out.tokens[part, index, begin:end] = sequence
-                    out.segments[part, index, begin:end] = segment
-                    out.positions[part, index, begin:end] = np.arange(len(sequence))
-                    first, last = starts[part][member : member + 2]
-                    source = index * widths[name] + begin + len(prompt) - 1
-                    out.sources[part, first:last] = source + np.arange(last - first)
-        return out._replace(sources=out.sources.astype(np.int32))
+    def of_tokens(array: Either, dtype: type) -> np.ndarray:
+        array = np.asarray(array)
+        return joined([[array[row][masks[row]] for row in rows] for rows in members], dtype)
 
-    def of(values: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-        return [[values[row] for row in rows] for rows in members]
-
+    lengths = masks.sum(axis=1)
     owners = [[np.full(lengths[row], i) for i, row in enumerate(rows)] for rows in members]
     return Packed(
-        views={name: view(name) for name in placed},
-        responses=per_token(of(responses), np.int32),
-        response_mask=per_token(of([np.ones(n, bool) for n in lengths]), np.bool_),
-        sampler_log_probs=per_token(of(log_probs), np.float32),
-        owners=per_token(owners, np.int32),
-        lengths=lengths[np.stack(members)].reshape(parts, each),
-        has_context=np.asarray(batch.has_context)[np.stack(members)].reshape(parts, each),
+        views={name: _view(batch, name, layout, widths, heights, tokens) for name in widths},
+        responses=of_tokens(batch.responses, np.int32),
+        response_mask=of_tokens(masks, np.bool_),
+        sampler_log_probs=of_tokens(batch.sampler_log_probs, np.float32),
+        owners=joined(owners, np.int32),
+        lengths=lengths[np.stack(members)].astype(np.int32),
+        has_context=np.asarray(batch.has_context)[np.stack(members)],
     )
+
+
+def _view(
+    batch: Batch,
+    name: str,
+    layout: _Layout,
+    widths: dict[str, int],
+    heights: dict[str, int],
+    tokens: int,
+) -> View:
+    prompts, prompt_mask = map(np.asarray, prompts_of(batch)[name])
+    responses, response_mask = map(np.asarray, (batch.responses, batch.response_mask))
+    parts, width = len(layout.members), widths[name]
+    shape = (parts, heights[name], width)
+    blank = functools.partial(np.zeros, dtype=np.int32)
+    view = View(blank(shape), blank(shape), blank(shape), blank((parts, tokens)))
+    for part, (members, rows) in enumerate(zip(layout.members, layout.placed[name], strict=True)):
+        ends = np.cumsum(response_mask[members].sum(axis=1))  # of the responses' tokens in the part
+        for index, row in enumerate(rows):
+            end = 0
+            for segment, member in enumerate(row, start=1):
+                owner = members[member]
+                prompt = prompts[owner][prompt_mask[owner]]
+                response = responses[owner][response_mask[owner]]
+                begin, end = end, end + len(prompt) + len(response)
+                view.tokens[part, index, begin:end] = np.concatenate([prompt, response])
+                view.segments[part, index, begin:end] = segment
+                view.positions[part, index, begin:end] = np.arange(end - begin)
+                # A token is predicted at the column before it.
+                source = index * width + np.arange(end - len(response) - 1, end - 1)
+                view.sources[part, ends[member] - len(response) : ends[member]] = source
+    return view
 
 
 # ---- on the device -------------------------------------------------------------------------------
@@ -234,22 +278,27 @@ def response_hidden(
 ) -> Float[Array, "token hidden"]:
     """The hidden states that predict the response tokens after the prompts of a view."""
     if isinstance(batch, Batch):
-        rows = (batch.responses, batch.response_mask)
-        hidden = model.response_hidden(*prompts_of(batch)[view], *rows)
+        rows: Any = (*prompts_of(batch)[view], batch.responses, batch.response_mask)
+        hidden = model.response_hidden(*rows)
         return hidden.reshape(-1, hidden.shape[-1])
-    tokens, segments, positions, sources = batch.views[view]
-    rows = (x.reshape(-1, x.shape[-1]) for x in (tokens, segments, positions))
-    hidden = model.packed_hidden(*rows)
-    hidden = hidden.reshape(tokens.shape[0], -1, hidden.shape[-1])
+    *columns, sources = batch.views[view]
+    packed: Any = [x.reshape(-1, x.shape[-1]) for x in columns]
+    hidden = model.packed_hidden(*packed)
+    hidden = hidden.reshape(sources.shape[0], -1, hidden.shape[-1])
     taken = jnp.take_along_axis(hidden, sources[:, :, None], axis=1)
     return taken.reshape(-1, taken.shape[-1])
+
+
+def micro_batches(batch: Packed, mesh: Mesh) -> int:
+    """How many micro-batches the parts of a batch on all hosts make up."""
+    return batch.lengths.shape[0] // groups(mesh)
 
 
 def response_lengths(batch: Batch | Packed) -> Int[Array, " response"]:
     """Tokens of each response, in the order of `has_context`."""
     if isinstance(batch, Packed):
         return jnp.asarray(batch.lengths).reshape(-1)
-    return jnp.sum(batch.response_mask, axis=1)
+    return jnp.sum(jnp.asarray(batch.response_mask), axis=1)
 
 
 def to_tokens(
@@ -271,5 +320,5 @@ def padding_fraction(batch: Batch | Packed) -> Float[Array, ""]:
     else:
         for _, mask in prompts_of(batch).values():
             masks += [mask, batch.response_mask]
-    held = sum(jnp.sum(mask, dtype=jnp.float32) for mask in masks)
-    return 1 - held / sum(mask.size for mask in masks)
+    held = [jnp.sum(jnp.asarray(mask), dtype=jnp.float32) for mask in masks]
+    return 1 - jnp.stack(held).sum() / sum(mask.size for mask in masks)

@@ -85,7 +85,7 @@ def make_train_step(
       shardings: Where the state lives (`train_state_shardings`); rows are split over the `data`
         and `fsdp` axes of its mesh.
       micro_batches: Parts that the rows of a batch are worked through in. Loss, information and
-        gradients are those of the whole batch, however it is split.
+        gradients are those of the whole batch, however it is split. A `Packed` batch has its own.
       vocab_size: Vocabulary rows from this one on are padding.
       estimators: Further estimators to measure, besides the one that the multiplier reads.
 
@@ -130,15 +130,15 @@ def make_train_step(
     def gradients(student, teacher, batch: Batch | Packed, weights):
         """Summed over micro-batches; the weights were fixed on the whole batch."""
         grad_fn = jax.grad(loss_fn, has_aux=True)
-        if micro_batches == 1:
+        packed = isinstance(batch, Packed)
+        count = packing.micro_batches(batch, mesh) if packed else micro_batches
+        if count == 1:
             return grad_fn(student, teacher, batch, weights)
 
         def accumulate(total, part):
             return jax.tree.map(jnp.add, total, grad_fn(student, teacher, *part)), None
 
-        parts = jax.tree.map(
-            functools.partial(_split, parts=micro_batches, mesh=mesh), (batch, weights)
-        )
+        parts = jax.tree.map(functools.partial(_split, parts=count, mesh=mesh), (batch, weights))
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(grad_fn, student, teacher, *first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
