@@ -103,21 +103,22 @@ class DataConfig:
         )
 
 
-def bucket(length: int, maximum: int) -> int:
+def bucket(length: int, maximum: int, least: int = 16) -> int:
     """The padded size for `length` tokens: 16, 24, 32, 48, 64, 96, ... and never above `maximum`.
 
     Powers of two and their three-quarters waste at most a third and leave two sizes per octave, so
-    a run compiles a function a few times and not once per step.
+    a run compiles a function a few times and not once per step. The sizes begin at `least`, a power
+    of two.
 
     Raises:
         ValueError: if `length` is longer than `maximum`.
     """
     if length > maximum:
         raise ValueError(f"length: got {length} tokens, must be at most {maximum}")
-    power = 16
+    power = least
     while power < length:
         power *= 2
-    size = power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power
+    size = power * 3 // 4 if power > least and length <= power * 3 // 4 else power
     return min(size, maximum)
 
 

@@ -95,10 +95,10 @@ def groups(mesh: Mesh) -> int:
 def pack(batch: Batch, config: DataConfig, mesh: Mesh) -> Batch | Packed:
     """This host's rows packed, or as they are where that saves too little; see `data.packing`.
 
-    All hosts call it together and get the same shapes. Widths are those of `data.bucket`, never
-    above a padded row's; numbers of rows and tokens have four sizes per octave. So the shapes of a
-    run are few, however long its responses. The micro-batches are the fewest that are in nothing
-    larger than those of the padded batch: fewer are fuller, and each reads all weights once.
+    All hosts call it together and get the same shapes. Widths, numbers of rows and of response
+    tokens are rounded up to the sizes of `data.bucket`, never above those of the padded batch, so
+    the shapes of a run are few. The micro-batches are the fewest that are in nothing larger than
+    those of the padded batch: fewer are fuller, and each reads all weights once.
 
     Args:
       batch: This host's rows, on the host.
@@ -140,8 +140,8 @@ def pack(batch: Batch, config: DataConfig, mesh: Mesh) -> Batch | Packed:
     agreed = iter(sharding.agree_max([n for layout in layouts for n in layout.needed]))
     for layout in layouts:
         parts = len(layout.members)
-        heights = {name: min(size(next(agreed)), rows // parts) for name in views}
-        tokens = min(size(next(agreed)), rows // parts * time)
+        heights = {name: data.bucket(next(agreed), rows // parts, least=1) for name in views}
+        tokens = data.bucket(next(agreed), rows // parts * time)
         small = all(heights[name] * widths[name] <= each * padded[name] for name in views)
         if small and tokens <= each * time:  # the last layout always is
             break
@@ -164,12 +164,6 @@ def _lay_out(
     }
     needed = [max(map(len, rows)) for rows in placed.values()]
     return _Layout(members, placed, [*needed, max(int(lengths[part].sum()) for part in members)])
-
-
-def size(count: int) -> int:
-    """`count` rounded up to one of four sizes per octave: 1 to 8, 10, 12, 14, 16, 20, ..."""
-    step = 2 ** max(count.bit_length() - 3, 0)
-    return max(-(-count // step) * step, 1)
 
 
 def deal(totals: Int[Host, " row"], parts: int) -> list[Int[Host, " member"]]:
@@ -321,4 +315,5 @@ def padding_fraction(batch: Batch | Packed) -> Float[Array, ""]:
         for _, mask in prompts_of(batch).values():
             masks += [mask, batch.response_mask]
     held = [jnp.sum(jnp.asarray(mask), dtype=jnp.float32) for mask in masks]
-    return 1 - jnp.stack(held).sum() / sum(mask.size for mask in masks)
+    columns = sum(mask.size for mask in masks)
+    return (columns - jnp.stack(held).sum()) / columns
