@@ -85,7 +85,14 @@ class DataConfig:
     """Parts that a step's rows are worked through in, to save memory; changes no number."""
 
     packing: Literal["auto", "always", "never"] = "auto"
-    """PLACEHOLDER"""
+    """Whether several prompts with their responses share a row of the update (`packing.py`).
+
+    Padded, every row is as wide as the batch's longest prompt and longest response. `auto` packs a
+    batch where that saves a fifth of the columns: less is not worth the further shapes, each of
+    which is a compilation. It goes by the batch alone, so a resumed run decides alike. On a GPU
+    `auto` does not pack, for cudnn's attention cannot keep the sequences of a row apart; `always`
+    takes XLA's there. Only the order of sums differs; micro-batches may become fewer.
+    """
 
     max_prompt_length: int = 2048
     """Longest question prompt in tokens; a longer one is an error, never cut."""

@@ -95,10 +95,10 @@ def groups(mesh: Mesh) -> int:
 def pack(batch: Batch, config: DataConfig, mesh: Mesh) -> Batch | Packed:
     """This host's rows packed, or as they are where that saves too little; see `data.packing`.
 
-    All hosts call it together and get the same shapes. Widths, numbers of rows and of response
-    tokens are rounded up to the sizes of `data.bucket`, never above those of the padded batch, so
-    the shapes of a run are few. The micro-batches are the fewest that are in nothing larger than
-    those of the padded batch: fewer are fuller, and each reads all weights once.
+    All hosts call it together and get the same shapes. Widths are powers of two, numbers of rows
+    and of response tokens sizes of `data.bucket`, so that the shapes of a run are few. Of
+    micro-batches there are as few as can be with none larger than one of the padded batch: they are
+    fuller then, and each reads all weights once.
 
     Args:
       batch: This host's rows, on the host.
@@ -129,26 +129,42 @@ def pack(batch: Batch, config: DataConfig, mesh: Mesh) -> Batch | Packed:
     }
     padded = {name: prompts.shape[1] + time for name, (prompts, _) in views.items()}
     longest = sharding.agree_max([int(total.max(initial=1)) for total in totals.values()])
-    widths = {
-        name: data.bucket(length, padded[name]) for name, length in zip(views, longest, strict=True)
-    }
-    layouts = [
-        _lay_out(totals, lengths, widths, own * count)
-        for count in range(1, config.micro_batches + 1)
-        if rows % (own * count) == 0
-    ]
-    agreed = iter(sharding.agree_max([n for layout in layouts for n in layout.needed]))
-    for layout in layouts:
-        parts = len(layout.members)
-        heights = {name: data.bucket(next(agreed), rows // parts, least=1) for name in views}
-        tokens = data.bucket(next(agreed), rows // parts * time)
-        small = all(heights[name] * widths[name] <= each * padded[name] for name in views)
-        if small and tokens <= each * time:  # the last layout always is
-            break
-    columns = parts * (sum(heights[name] * widths[name] for name in views) + tokens)
-    if config.packing == "auto" and columns > (1 - SAVING) * rows * (sum(padded.values()) + time):
+    widths = dict(zip(views, map(_power_of_two, longest), strict=True))
+    counts = [n for n in range(1, config.micro_batches + 1) if rows % (own * n) == 0]
+
+    def choose(widths: dict[str, int]) -> tuple[_Layout, dict[str, int], int] | None:
+        """The layout in the fewest micro-batches none of which is larger than a padded one."""
+        layouts = [_lay_out(totals, lengths, widths, own * count) for count in counts]
+        agreed = iter(sharding.agree_max([n for layout in layouts for n in layout.needed]))
+        for layout in layouts:
+            most = rows // len(layout.members)
+            heights = {name: data.bucket(next(agreed), most, least=1) for name in views}
+            tokens = data.bucket(next(agreed), most * time)
+            columns_and_scores = all(
+                heights[name] * widths[name] ** power <= each * padded[name] ** power
+                for name in views
+                for power in (1, 2)
+            )
+            if columns_and_scores and tokens <= each * time:
+                return layout, heights, tokens
+        return None
+
+    chosen = choose(widths)
+    if config.packing == "always" and chosen is None:
+        widths, chosen = padded, choose(padded)
+    if chosen is None:
+        return batch
+    layout, heights, tokens = chosen
+    columns = sum(heights[name] * widths[name] for name in views) + tokens
+    before = rows * (sum(padded.values()) + time)
+    if config.packing == "auto" and len(layout.members) * columns > (1 - SAVING) * before:
         return batch
     return _fill(batch, layout, widths, heights, tokens)
+
+
+def _power_of_two(length: int) -> int:
+    """One size per octave: three quarters would save little, and bring as many shapes again."""
+    return max(1 << (length - 1).bit_length(), 16)
 
 
 def _lay_out(
