@@ -49,9 +49,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "tiny": Preset(cases.TINY, rows=8, prompt=16, feedback=16, response=64),
-    "small": Preset(cases.qwen3(8192, 256, 768, 6, 4, 2, 64), 16, 64, 64, 256),
-    # The layers of the 135M preset, a tenth of them.
-    "narrow_135m": Preset(cases.qwen3(49_152, 576, 1536, 3, 9, 3, 64), 16, 64, 64, 256),
+    "small": Preset(cases.qwen3(8192, 256, 768, 6, 4, 2, 64), 8, 64, 64, 256),
 }
 
 

@@ -252,38 +252,22 @@ def test_cudnn_is_refused_for_rows_of_several_sequences():
 
 # ---- the update ----
 
-BATCHES = [make_batch(seed) for seed in range(2)]
-FULL = BATCHES[0]._replace(  # micro-batches of it cannot be joined
+RAGGED = make_batch(0)
+FULL = RAGGED._replace(  # micro-batches of it cannot be joined
     **{
-        name: np.ones_like(getattr(BATCHES[0], name))
+        name: np.ones_like(getattr(RAGGED, name))
         for name in ("prompt_mask", "teacher_prompt_mask", "response_mask")
     }
 )
 
 
-def updates(packed, mesh=(1, 1, 1), micro_batches=1, aggregation="sequence_mean"):
+def updates(batch, mesh=(1, 1, 1), micro_batches=1, aggregation="sequence_mean"):
+    """After two of them, so that teacher and student differ in the second one."""
     distillation = DistillationConfig(top_k=None, chunk_size=8, aggregation=aggregation)
     _, step, state, mesh = setup(mesh, micro_batches, distillation=distillation)
-    for batch in (*BATCHES, FULL):
-        if packed:
-            batch = always(batch, mesh, micro_batches)
+    for _ in range(2):
         state, measured = step(state, sharding.to_global(batch, mesh))
-    if packed:
-        assert packing.micro_batches(batch, mesh) == micro_batches
     return jax.device_get(state), {name: float(value) for name, value in measured.items()}
-
-
-@pytest.fixture(scope="module")
-def padded():
-    """State and measurements of padded updates on one device, by aggregation, once each."""
-    done = {}
-
-    def get(aggregation):
-        if aggregation not in done:
-            done[aggregation] = updates(packed=False, aggregation=aggregation)
-        return done[aggregation]
-
-    return get
 
 
 @pytest.mark.parametrize(
@@ -297,9 +281,13 @@ def padded():
         ((1, 1, 8), 1, "sequence_mean"),
     ],
 )
-def test_an_update_is_the_padded_one(mesh, micro_batches, aggregation, padded):
-    whole, expected = padded(aggregation)
-    state, measured = updates(True, mesh, micro_batches, aggregation)
+def test_an_update_is_the_padded_one(mesh, micro_batches, aggregation):
+    batch = RAGGED if micro_batches == 1 else FULL
+    whole, expected = updates(batch, aggregation=aggregation)
+    where = sharding.make_mesh(sharding.MeshConfig(*mesh))
+    packed = always(batch, where, micro_batches)
+    assert packing.micro_batches(packed, where) == micro_batches
+    state, measured = updates(packed, mesh, micro_batches, aggregation)
     # Only the order of float32 sums differs.
     chex.assert_trees_all_close(state, whole, rtol=1e-4, atol=1e-6)
     for name, value in expected.items():
@@ -309,7 +297,7 @@ def test_an_update_is_the_padded_one(mesh, micro_batches, aggregation, padded):
 
 def test_hidden_states_stay_on_their_device():
     _, step, state, mesh = setup((8, 1, 1))
-    packed = sharding.to_global(always(BATCHES[0], mesh), mesh)
+    packed = sharding.to_global(always(RAGGED, mesh), mesh)
     compiled = step.lower(state, packed).compile().as_text()
     assert "all-reduce" in compiled  # of the gradients
     for moving in ("all-gather", "all-to-all", "collective-permute"):
