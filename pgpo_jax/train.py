@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pgpo_jax import config as config_module
-from pgpo_jax import data, hf, sampler, sharding, tasks
+from pgpo_jax import data, hf, objectives, packing, sampler, sharding, tasks
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.checks import check_run
 from pgpo_jax.claim import claim_folder
@@ -134,8 +134,6 @@ def train(config: Config) -> int:
         objective=config.objective,
         teacher_config=config.teacher,
         teacher_graphdef=run.teacher_graphdef,
-        num_samples=config.sampling.num_samples,
-        threshold=config.reprompt.threshold,
         micro_batches=config.data.micro_batches,
         vocab_size=run.sampling.vocab_size,
         estimators=config.metrics.estimators,
@@ -198,8 +196,8 @@ def train(config: Config) -> int:
 
             started = time.perf_counter()
             indices = batch_indices(step=step)
-            mine = indices[sharding.host_rows(len(indices))]
-            questions = [run.task.train[int(index)] for index in mine]
+            own = indices[sharding.host_rows(len(indices))]
+            questions = [run.task.train[int(index)] for index in own]
             key = jax.random.fold_in(step_key, step)
             rollouts = _rollout(config, run, state.student, questions, key)
             sampled = time.perf_counter()
@@ -207,12 +205,19 @@ def train(config: Config) -> int:
             contexts = _reprompt(config, run, questions, rollouts, outcomes, step)
             evidence = _show_answers(config, run, questions, rollouts, outcomes)
             prompted = time.perf_counter()
-            rewards = [[outcome.reward for outcome in group] for group in outcomes]
-            batch = data.make_batch(rollouts, contexts, rewards, evidence)
-            batch = sharding.to_global(batch, run.mesh)
+            judged = objectives.judge(
+                [[outcome.reward for outcome in group] for group in outcomes],
+                config.reprompt.threshold,
+                config.objective.scale_advantage,
+            )
+            batch = data.make_batch(rollouts, contexts, judged, evidence)
+            mine = packing.pack(batch, config.data, run.mesh)
+            batch = sharding.to_global(mine, run.mesh)
             updates = int(information_state(state.opt_state).count)
             state, measured = train_step(state, batch)
             divergence = sharding.to_host(measured.pop("token_divergence", None))
+            if divergence is not None:
+                divergence = packing.to_rows(mine, divergence)
             # Nothing is gained by fetching one step late: the next answers need this student.
             measured = {name: float(value) for name, value in jax.device_get(measured).items()}
             ended = time.perf_counter()
