@@ -22,6 +22,8 @@ from jaxtyping import Array, Bool, Float
 
 from pgpo_jax.errors import require
 
+Either = Array | np.ndarray
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
@@ -131,11 +133,11 @@ def advantage_weight(config: ObjectiveConfig, step: Array) -> Array:
 class Judged(NamedTuple):
     """What the rewards of a group say of each of its responses; made on the host."""
 
-    success: Bool[Array, " row"]
+    success: Bool[Either, " row"]
     """Whether the reward reaches the threshold."""
-    share: Float[Array, " row"]
+    share: Float[Either, " row"]
     """The share of successes in the response's group."""
-    advantages: Float[Array, " row"]
+    advantages: Float[Either, " row"]
     """The reward relative to the group's."""
 
 
@@ -155,7 +157,7 @@ def judge(rewards: Any, threshold: float = 0.5, scale_advantage: bool = True) ->
         variance = np.square(advantages).sum(axis=1, keepdims=True) / degrees
         advantages = advantages / (np.sqrt(variance) + 1e-4)
     rows = (success, share.astype(np.float32), advantages.astype(np.float32))
-    return Judged(*(array.reshape(-1) for array in rows))  # pyright: ignore[reportArgumentType]
+    return Judged(*(array.reshape(-1) for array in rows))
 
 
 class Routes(NamedTuple):

@@ -526,17 +526,19 @@ def _records(run, questions, rollouts, outcomes, contexts) -> list[dict[str, Any
     ]
 
 
-def _per_token(run: Run, rollouts: Rollouts, divergence: np.ndarray, row: int) -> dict[str, Any]:
+def _per_token(
+    run: Run, rollouts: Rollouts, divergence: Sequence[np.ndarray] | None, row: int
+) -> dict[str, Any]:
     """The texts of a response's tokens, and the divergence at each in nats."""
     mask = rollouts.response_mask.reshape(-1, rollouts.response_mask.shape[-1])[row]
     tokens, places = np.unique(
         rollouts.responses.reshape(-1, mask.size)[row][mask], return_inverse=True
     )
     texts = run.tokenizer.batch_decode(tokens[:, None].tolist(), clean_up_tokenization_spaces=False)
-    values = divergence[row][mask].tolist()
+    values = [] if divergence is None else divergence[row].tolist()
     return {
         "tokens": [texts[place] for place in places],
-        "divergence": [round(value, 4) if math.isfinite(value) else None for value in values],
+        "divergence": [float(f"{value:.3g}") if math.isfinite(value) else None for value in values],
     }
 
 

@@ -78,7 +78,6 @@ def setup(
         shardings,
         objective=objective or ObjectiveConfig(),
         teacher_config=teacher_config or TeacherConfig(),
-        num_samples=SAMPLES,
         micro_batches=micro_batches,
         vocab_size=22,
         estimators=("conditional_kl",),
@@ -234,10 +233,10 @@ def with_rewards(batch: Batch, seed=0) -> Batch:
         tokens = rng.integers(0, 20, (ROWS, width), np.int32)
         return tokens, np.arange(width)[None, :] >= rng.integers(0, width, (ROWS, 1))
 
-    rewards = np.array([1, 0, 0, 1, 0, 1, 0, 0], np.float32)
     has_wrong = np.repeat([True, False], SAMPLES)
     return batch._replace(
-        rewards=rewards, evidence=Evidence(*left(PROMPT + 1), *left(PROMPT + 2), has_wrong)
+        judged=objectives.judge([[1, 0, 0, 1], [0, 1, 0, 0]]),
+        evidence=Evidence(*left(PROMPT + 1), *left(PROMPT + 2), has_wrong),
     )
 
 
@@ -268,7 +267,7 @@ def test_grpo_is_the_policy_gradient_of_its_definition():
     objective = ObjectiveConfig(distillation=0.0, policy=1.0)
     graphdef, step, state, mesh = setup(objective=objective)
     batch = REWARDED[0]
-    advantages = objectives.group_advantages(jnp.asarray(batch.rewards), SAMPLES)
+    advantages = batch.judged.advantages
 
     def loss(student):
         net = model.nnx.merge(graphdef, student)
@@ -288,7 +287,7 @@ def test_grpo_is_the_policy_gradient_of_its_definition():
 
 def test_grpo_skips_a_batch_in_which_every_group_has_one_reward():
     _, step, state, mesh = setup(objective=ObjectiveConfig(distillation=0.0, policy=1.0))
-    same = REWARDED[0]._replace(rewards=np.repeat([0.0, 1.0], SAMPLES).astype(np.float32))
+    same = REWARDED[0]._replace(judged=objectives.judge([[0.0] * SAMPLES, [1.0] * SAMPLES]))
     _, measured = step(state, sharding.to_global(same, mesh))
     assert measured["skipped"] == 1
     assert measured["loss"] == 0
