@@ -432,7 +432,7 @@ def _per_token(run: Run, rollouts: Rollouts, divergence: np.ndarray, row: int) -
     values = divergence[row][mask].tolist()
     return {
         "tokens": [texts[place] for place in places],
-        "divergence": [round(value, 4) if math.isfinite(value) else None for value in values],
+        "divergence": [float(f"{value:.3g}") if math.isfinite(value) else None for value in values],
     }
 
 
