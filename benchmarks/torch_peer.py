@@ -85,7 +85,9 @@ class Peer:
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(
-                list(self.teacher.parameters()), list(self.student.parameters()), d.ema_rate
+                list(self.teacher.parameters()),
+                list(self.student.parameters()),
+                TeacherConfig().ema_rate,
             )
         return {
             "loss": loss.item(),

@@ -56,6 +56,9 @@ class CheckpointConfig:
     """After a save that failed (no space left, say): go on and try again at the next one, or stop
     with exit code 1. The checkpoints before it stay. A run whose last state cannot be saved ends
     with exit code 1 either way."""
+    accept_changes: bool = False
+    """Resume although a field has changed that the results depend on, such as the learning rate
+    after a run that ended in broken updates. The run cannot be repeated from one configuration."""
     path: str | None = None
     """Folder or bucket (gs://...) of the checkpoints, shared by all hosts; null is
     `<output_dir>/checkpoints`."""

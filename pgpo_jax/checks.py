@@ -71,7 +71,7 @@ def check_vocabulary(model: ModelConfig, tokenizer: Any, sampling: SamplingConfi
 def check_lengths(
     model: ModelConfig, sampling: SamplingConfig, data_config: DataConfig, reprompt: RepromptConfig
 ) -> None:
-    """A prompt and its response at their limits must fit the model's positions."""
+    """Prompt and response at their limits must fit the model, a question the teacher's prompt."""
     room = model.max_position_embeddings - sampling.max_response_length
     for field, length in (
         ("data.max_prompt_length", data_config.max_prompt_length),
@@ -83,6 +83,12 @@ def check_lengths(
                 f"{sampling.max_response_length} it must be at most {max(room, 0)} for a model of "
                 f"{model.max_position_embeddings} positions (max_position_embeddings)"
             )
+    if reprompt.max_length < data_config.max_prompt_length:
+        raise InputError(
+            f"reprompt.max_length: got {reprompt.max_length}; must be at least "
+            f"data.max_prompt_length = {data_config.max_prompt_length}, for the teacher's prompt "
+            "holds the question and more"
+        )
 
 
 def check_questions(

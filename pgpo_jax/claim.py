@@ -11,7 +11,7 @@ from pgpo_jax import fields, sharding
 from pgpo_jax.config import Config, dump, load
 from pgpo_jax.errors import InputError
 
-FREE = {"steps", "output_dir", "mesh", "distributed", "metrics", "checkpoint"}
+FREE = {"steps", "output_dir", "mesh", "distributed", "metrics", "checkpoint", "alarms"}
 FREE |= {"evaluation.every", "evaluation.preflight_questions", "data.micro_batches"}
 """Fields and sections that may change when a run is resumed: they do not change what it computes,
 but for rounding. The rest of `evaluation` may not, or its numbers could not be compared."""
@@ -31,11 +31,12 @@ def claim_folder(config: Config) -> str:
             was, is_now = before.get(name), now.get(name)
             if was == is_now:
                 continue
-            if not {name, name.partition(".")[0]} & FREE:
+            free = config.checkpoint.accept_changes or {name, name.partition(".")[0]} & FREE
+            if not free:
                 raise InputError(
                     f"{name}: got {fields.show(is_now)}; {config.output_dir} holds a run with "
                     f"{fields.show(was)}: choose another output_dir, or delete this one to start "
-                    "anew"
+                    "anew (--checkpoint.accept_changes true goes on all the same)"
                 )
             if name != "output_dir":
                 changes.append(f"{name} {fields.show(was)} -> {fields.show(is_now)}")

@@ -1,5 +1,6 @@
 """The configuration of a run: the sections of all parts, read from YAML with dotted overrides."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
@@ -15,12 +16,15 @@ from pgpo_jax.evaluate import EvaluationConfig
 from pgpo_jax.hf import ModelSection
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.metrics import MetricsConfig
+from pgpo_jax.objectives import ObjectiveConfig
 from pgpo_jax.optimizer import OptimizerConfig
 from pgpo_jax.reprompt import RepromptConfig
 from pgpo_jax.sampler import SamplingConfig
 from pgpo_jax.sharding import DistributedConfig, MeshConfig
 from pgpo_jax.tasks import TaskConfig
+from pgpo_jax.teacher import TeacherConfig
 from pgpo_jax.warm_start import WarmStartConfig
+from pgpo_jax.watch import AlarmsConfig
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,11 @@ class Config:
     reprompt: RepromptConfig = field(default_factory=RepromptConfig)
     """What the teacher is shown."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    """Divergence, information, and the teacher's average."""
+    """Divergence and information."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The loss: SDPO, or a rival's."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """How the teacher follows the student."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and the multiplier."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -55,6 +63,8 @@ class Config:
     """What is saved, and when."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """Log files, trackers and the screen."""
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+    """When the run warns of itself, and what ends it early."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How the devices are arranged."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -75,15 +85,22 @@ class Config:
                 f"distillation.temperature = {self.distillation.temperature}, whose log-probs the "
                 "importance weights compare, unless distillation.importance_cap is null"
             )
+        if self.objective.policy and self.sampling.num_samples < 2:
+            raise InputError(
+                f"sampling.num_samples: got {self.sampling.num_samples}; objective.policy compares "
+                "the responses of a question, so it needs at least 2"
+            )
 
 
 def load(path: str | None, overrides: Sequence[str] = (), prog: str | None = None) -> Config:
     """Reads a YAML file, then applies overrides such as `["--optimizer.alpha", "0.5"]`.
 
     Args:
-      path: The file, or None for the defaults alone.
-      overrides: Command-line arguments; `--help` prints every field with default and doc and exits.
-        A value is read as YAML, that of a text field as it stands.
+      path: The file, or None for the defaults alone. Its entry `base`, a path relative to it,
+        names a file whose fields it changes.
+      overrides: Command-line arguments, and `--base FILE` in place of the file's own; `--help`
+        prints every field with default and doc and exits. A value is read as YAML, that of a text
+        field as it stands.
       prog: The command's name in `--help`.
 
     Raises:
@@ -92,7 +109,8 @@ def load(path: str | None, overrides: Sequence[str] = (), prog: str | None = Non
     """
     if {"-h", "--help"} & set(overrides):
         draccus.parse(Config, args=["--help"], prog=prog)
-    tree = {} if path is None else _read(path)
+    base, overrides = _take_base(overrides)
+    tree = {} if path is None else _read_on_base(path, base)
     for name, value in _parse(overrides):
         *sections, last = name.split(".")
         place = tree
@@ -121,6 +139,47 @@ def from_command_line(argv: Sequence[str], command: str) -> Config:
 def dump(config: Config) -> str:
     """The whole configuration as YAML, itself a valid configuration file."""
     return fields.dump_yaml(draccus.encode(config))
+
+
+def _take_base(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of `--base FILE`, which is no field, and the other overrides."""
+    rest = [part for argument in overrides for part in _pair(argument, "--base")]
+    if "--base" not in rest:
+        return None, rest
+    place = rest.index("--base")
+    if place + 1 == len(rest):
+        raise InputError("--base: got no value; give --base FILE")
+    return rest[place + 1], rest[:place] + rest[place + 2 :]
+
+
+def _pair(argument: str, name: str) -> list[str]:
+    return [name, argument[len(name) + 1 :]] if argument.startswith(f"{name}=") else [argument]
+
+
+def _read_on_base(path: str, base: str | None = None, inside: tuple[str, ...] = ()) -> Any:
+    """The file's mapping over that of the file it names as `base` (or of `base`, if given)."""
+    tree = _read(path)
+    named = tree.pop("base", None)
+    if base is None:
+        if named is None:
+            return tree
+        if not isinstance(named, str):
+            raise InputError(f"base: got {fields.show(named)} in {path}; must be a file")
+        base = os.path.join(os.path.dirname(path), named)
+    inside = (*inside, os.path.realpath(path))
+    if os.path.realpath(base) in inside:
+        raise InputError(f"base: {path} names {base}, which stands on it; must not be a circle")
+    return _laid_over(_read_on_base(base, inside=inside), tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`below` with the fields of `above`, section by section."""
+    both = {
+        name: _laid_over(below[name], value)
+        for name, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(name), dict)
+    }
+    return below | above | both
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -246,6 +246,14 @@ def scores(answered: Answered, questions: int) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
+def question_rewards(answered: Answered, questions: int) -> list[float]:
+    """The mean reward of each of `questions` over all hosts, in the order they were asked in."""
+    means = np.array(
+        [np.mean([outcome.reward for outcome in group]) for group in answered.outcomes], np.float32
+    )
+    return sharding.gather_rows(means.reshape(-1, 1), questions)[:, 0].tolist()
+
+
 def _majority(rewards: Sequence[float], answers: Sequence[str]) -> float:
     winner, _ = Counter(answers).most_common(1)[0]
     return float(rewards[answers.index(winner)] > 0.5)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pgpo_jax import distributions, information, losses
+from pgpo_jax import distributions, information, losses, objectives
 from pgpo_jax.errors import InputError
 from pgpo_jax.sharding import BATCH_AXES
 
@@ -40,6 +40,8 @@ class Terms(NamedTuple):
     """Per estimator asked for: its terms, to be reduced by `information.reduce`."""
     weight: Float[Array, " tokens"]
     """The importance weight in use; 1 without a correction for the sampler."""
+    policy: Float[Array, " tokens"] | None
+    """The policy gradient's loss; None where there is none."""
 
 
 class _Rows(NamedTuple):
@@ -49,6 +51,7 @@ class _Rows(NamedTuple):
     tokens: Array
     weights: Array
     sampler_log_probs: Array | None
+    policy: objectives.Policy | None
 
 
 def distill(
@@ -59,16 +62,19 @@ def distill(
     tokens: Int[Array, " tokens"],
     weights: Float[Array, " tokens"],
     sampler_log_probs: Float[Array, " tokens"] | None = None,
+    policy: objectives.Policy | None = None,
     *,
     config: losses.DistillationConfig,
+    objective: objectives.ObjectiveConfig = objectives.SDPO,
     vocab_size: int | None = None,
     estimators: Sequence[information.Estimator] = ("entropy_gap",),
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Terms]:
     """The distillation loss of a batch of tokens, and all that is measured at them, in one pass.
 
-    The loss is the sum over tokens of weight * importance weight * divergence. Its gradient goes
-    to `student_hidden` and `student_head`. Products take the hidden states' dtype and sum in
+    The loss is the sum over tokens of weight * importance weight * divergence, plus that of the
+    policy gradient's terms by their own weights, where there is one. Its gradient goes to
+    `student_hidden` and `student_head`. Products take the hidden states' dtype and sum in
     float32; logits and everything after them are float32. Where only the value is wanted, no
     gradient is computed.
 
@@ -82,7 +88,9 @@ def distill(
         does not count, whatever it holds, but is measured like the others.
       sampler_log_probs: Log-probs under the policy that sampled. None leaves the importance
         weights at 1, as `config.importance_cap = None` does.
+      policy: Advantages and weights of a policy gradient (`objectives`); None for none.
       config: Divergence, top k, temperature, importance cap, and tokens per chunk.
+      objective: How the policy gradient's advantages and clipping are.
       vocab_size: Rows of the heads from this one on are padding: probability 0, gradient 0.
       estimators: Names of the information estimates wanted.
       mesh: Where the arrays live: tokens split over `data` and `fsdp`, the vocabulary over
@@ -102,15 +110,18 @@ def distill(
     """
     _check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, tokens)
     measure = functools.partial(
-        token_terms, config=config, vocab_size=vocab_size, estimators=tuple(estimators)
+        token_terms,
+        config=config,
+        objective=objective,
+        vocab_size=vocab_size,
+        estimators=tuple(estimators),
     )
     walk = functools.partial(_walk, measure=measure, chunk_size=config.chunk_size, mesh=mesh)
 
     def run(hidden, head, teacher_head, rows, with_gradient: bool):
         heads = head.astype(hidden.dtype), teacher_head.astype(rows.teacher_hidden.dtype)
         terms, d_hidden, d_head = walk(hidden, rows, *heads, with_gradient=with_gradient)
-        weight = rows.weights * terms.weight
-        loss = jnp.sum(jnp.where(rows.weights != 0, weight * terms.divergence, 0))
+        loss = jnp.sum(_token_loss(terms, rows))
         return (loss, terms), (d_hidden, jax.tree.map(lambda x: x.astype(head.dtype), d_head))
 
     @jax.custom_vjp
@@ -126,11 +137,42 @@ def distill(
         return d_hidden, d_head, None, None
 
     vocabulary_pass.defvjp(forward, backward)
-    rows = _Rows(teacher_hidden, tokens, weights.astype(jnp.float32), sampler_log_probs)
+    rows = _Rows(teacher_hidden, tokens, weights.astype(jnp.float32), sampler_log_probs, policy)
     loss, terms = vocabulary_pass(
         student_hidden, student_head, *jax.lax.stop_gradient((teacher_head, rows))
     )
     return loss, jax.lax.stop_gradient(terms)
+
+
+def score(
+    hidden: Float[Array, "tokens embed"],
+    head: Float[Array, "vocab embed"],
+    tokens: Int[Array, " tokens"],
+    *,
+    config: losses.DistillationConfig,
+    vocab_size: int | None = None,
+    mesh: Mesh | None = None,
+) -> Float[Array, " tokens"]:
+    """Log-probs of tokens at the loss's temperature, nats, without gradient; arguments as in
+    `distill`."""
+
+    def token_log_probs(logits, _, tokens, *unused):
+        masked = distributions.mask_padding(logits / config.temperature, vocab_size)
+        return information.at_tokens(distributions.log_probs(masked), tokens)
+
+    hidden, head = jax.lax.stop_gradient((hidden, head.astype(hidden.dtype)))
+    rows = _Rows(hidden, tokens, jnp.zeros(tokens.shape), None, None)
+    # Nothing reads the second side's logits, so the compiler leaves them out.
+    return _walk(
+        hidden,
+        rows,
+        head,
+        head,
+        measure=token_log_probs,
+        chunk_size=config.chunk_size,
+        mesh=mesh,
+        with_gradient=False,
+    )[0]
 
 
 def token_terms(
@@ -138,14 +180,16 @@ def token_terms(
     teacher_logits: Float[Array, "*tokens vocab"],
     tokens: Int[Array, "*tokens"],
     sampler_log_probs: Float[Array, "*tokens"] | None,
+    policy: objectives.Policy | None = None,
     *,
     config: losses.DistillationConfig,
+    objective: objectives.ObjectiveConfig = objectives.SDPO,
     vocab_size: int | None,
     estimators: Sequence[information.Estimator],
 ) -> Terms:
     """All `Terms` of tokens whose logits are at hand; arguments as in `distill`.
 
-    In here, `divergence` does carry a gradient, to `student_logits`.
+    In here, `divergence` and `policy` do carry a gradient, to `student_logits`.
     """
     student, teacher = (
         distributions.mask_padding(logits / config.temperature, vocab_size)
@@ -155,8 +199,11 @@ def token_terms(
     log_s, log_q = distributions.log_probs(student), distributions.log_probs(teacher)
     token_log_probs = information.at_tokens(log_s, tokens)
     teacher_token_log_probs = information.at_tokens(log_q, tokens)
+    chosen = information.at_tokens(log_s, jnp.argmax(log_q, axis=-1))
     if config.kind == "sampled":
         divergence = losses.sampled_divergence(token_log_probs, teacher_token_log_probs)
+    elif config.kind == "choice":
+        divergence = -chosen
     else:
         divergence = losses.divergence(
             student,
@@ -179,7 +226,22 @@ def token_terms(
         },
         "weight": weight,
     }
-    return Terms(divergence=divergence, **jax.lax.stop_gradient(measured))
+    loss = None
+    if policy is not None:
+        loss = objectives.policy_terms(
+            token_log_probs, sampler_log_probs, chosen, policy, objective
+        )
+    return Terms(divergence=divergence, policy=loss, **jax.lax.stop_gradient(measured))
+
+
+def _token_loss(terms: Terms, rows: _Rows) -> Array:
+    """What every token adds to the loss. A token that does not count may hold anything."""
+    weight = rows.weights * terms.weight
+    loss = jnp.where(rows.weights != 0, weight * terms.divergence, 0)
+    if rows.policy is not None and terms.policy is not None:
+        weight = rows.policy.weights
+        loss += jnp.where(weight != 0, weight * terms.policy, 0)
+    return loss
 
 
 def logits(
@@ -257,16 +319,19 @@ def _over_chunks(
         student = _keep(logits(hidden, student_head), None, tensor)
         teacher = _keep(logits(rows.teacher_hidden, teacher_head), None, tensor)
 
-        def divergence(student):
-            terms = measure(student, teacher, rows.tokens, rows.sampler_log_probs)
-            return terms.divergence, terms
+        def token_loss(student):
+            terms = measure(student, teacher, rows.tokens, rows.sampler_log_probs, rows.policy)
+            return _token_loss(terms, rows), terms
 
         if not with_gradient:
-            return None, (divergence(student)[1], None)
-        value, gradient_of, terms = jax.vjp(divergence, student, has_aux=True)
-        (d_logits,) = gradient_of(rows.weights * terms.weight)
+            terms = measure(student, teacher, rows.tokens, rows.sampler_log_probs, rows.policy)
+            return None, (terms, None)
+        loss, gradient_of, terms = jax.vjp(token_loss, student, has_aux=True)
+        (d_logits,) = gradient_of(jnp.ones_like(loss))
         # A token that does not count may hold anything, NaN included.
         counts = rows.weights[:, None] != 0
+        if rows.policy is not None:
+            counts |= rows.policy.weights[:, None] != 0
         d_logits = _keep(jnp.where(counts, d_logits, 0), None, tensor)
         hidden = jnp.where(counts, hidden, 0)
         d_hidden = jnp.einsum(
@@ -276,7 +341,7 @@ def _over_chunks(
             preferred_element_type=jnp.float32,
         )
         d_head = _keep(_add_product(d_head, d_logits, hidden, block), tensor)
-        return d_head, (terms._replace(divergence=value), d_hidden.astype(hidden.dtype))
+        return d_head, (terms, d_hidden.astype(hidden.dtype))
 
     d_head = None
     if with_gradient:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pgpo_jax import distributions
 from pgpo_jax.errors import require
@@ -19,9 +19,9 @@ Aggregation = Literal["sequence_mean", "token_mean"]
 class DistillationConfig:
     """How the student is pulled towards the teacher, and how their information is estimated."""
 
-    kind: Literal["forward_kl", "reverse_kl", "jsd", "sampled"] = "jsd"
+    kind: Literal["forward_kl", "reverse_kl", "jsd", "sampled", "choice"] = "jsd"
     """Divergence per response token; `sampled` is the cheap score-function estimate of the reverse
-    KL."""
+    KL, `choice` the cross-entropy with the teacher's likeliest token (TGPO, reg)."""
     jsd_weight: float = 0.5
     """Weight w of the teacher in the mixture M = (1 - w) student + w teacher of `jsd`."""
     top_k: int | None = 100
@@ -40,8 +40,6 @@ class DistillationConfig:
         "entropy_gap"
     )
     """What the multiplier reads as the information I."""
-    ema_rate: float = 0.05
-    """The teacher moves by this part of its distance to the student after every step."""
     chunk_size: int = 256
     """Response tokens (per device) whose logits exist at a time in the vocabulary pass."""
 
@@ -59,7 +57,6 @@ class DistillationConfig:
                 self.importance_cap is None or self.importance_cap > 0,
                 "positive, or null",
             ),
-            ema_rate=(0 <= self.ema_rate <= 1, "in [0, 1]"),
             chunk_size=(self.chunk_size >= 1, "at least 1"),
         )
 
@@ -161,11 +158,19 @@ def token_weights(
     responses, those without a teacher context included; `token_mean` gives 1 / (number of tokens
     that count).
     """
-    counts = response_mask & sample_mask[:, None]
+    lengths = jnp.sum(response_mask, axis=-1)
+    return response_mask * response_weights(lengths, sample_mask, mode)[:, None]
+
+
+def response_weights(
+    lengths: Int[Array, " batch"],
+    sample_mask: Bool[Array, " batch"],
+    mode: Aggregation = "sequence_mean",
+) -> Float[Array, " batch"]:
+    """The weight that `token_weights` gives each token of a response of so many tokens."""
     if mode == "token_mean":
-        return counts / jnp.maximum(jnp.sum(counts), 1)
-    lengths = jnp.sum(response_mask, axis=-1, keepdims=True)
-    return counts / (jnp.maximum(lengths, 1) * response_mask.shape[0])
+        return sample_mask / jnp.maximum(jnp.sum(sample_mask * lengths), 1)
+    return sample_mask / (jnp.maximum(lengths, 1) * lengths.shape[0])
 
 
 def aggregate(

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 
 from pgpo_jax import hf, model, sampler, sharding
 from pgpo_jax.config import Config
-from pgpo_jax.data import Batch
+from pgpo_jax.data import Batch, Evidence
 from pgpo_jax.errors import InputError
 from pgpo_jax.model import ModelConfig
+from pgpo_jax.objectives import Judged
 from pgpo_jax.optimizer import make_optimizer
 from pgpo_jax.step import abstract_train_state, make_train_step, train_state_shardings
 
@@ -144,6 +145,10 @@ def abstract_batch(setup: Setup) -> Batch:
         where = sharding.row_sharding(shape, setup.mesh)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
+    evidence = None
+    if setup.config.objective.needs_evidence:
+        prompts = array(jnp.int32, setup.teacher_prompt), array(jnp.bool_, setup.teacher_prompt)
+        evidence = Evidence(*prompts, *prompts, has_wrong=array(jnp.bool_))
     return Batch(
         prompts=array(jnp.int32, setup.prompt),
         prompt_mask=array(jnp.bool_, setup.prompt),
@@ -153,6 +158,8 @@ def abstract_batch(setup: Setup) -> Batch:
         response_mask=array(jnp.bool_, setup.response),
         has_context=array(jnp.bool_),
         sampler_log_probs=array(jnp.float32, setup.response),
+        judged=Judged(array(jnp.bool_), array(jnp.float32), array(jnp.float32)),
+        evidence=evidence,
     )
 
 
@@ -168,6 +175,8 @@ def lower_train_step(setup: Setup, alpha: float | None = None) -> jax.stages.Low
         optimizer,
         config.distillation,
         train_state_shardings(params, optimizer),
+        objective=config.objective,
+        teacher_config=config.teacher,
         micro_batches=config.data.micro_batches,
         vocab_size=config.sampling.vocab_size,
         estimators=config.metrics.estimators,

@@ -1,4 +1,8 @@
-"""What a run says: metrics.jsonl and samples.jsonl always, trackers if asked, and the console.
+"""What a run says: three files of JSON lines always, trackers if asked, and the console.
+
+`metrics.jsonl` has the numbers of every step, `samples.jsonl` some of its responses, and
+`evaluations.jsonl` the mean reward of every held-out question, for intervals that know that the
+responses to one question belong together.
 
 Files are the truth: one JSON object a line, flushed at once, so that a killed run loses nothing.
 Every metrics row has `step`, the number of updates done. NaN and infinities, which JSON does not
@@ -7,7 +11,7 @@ appends, so a file reads as if the run had never stopped. Rows that find no spac
 until there is some; a file holds whole lines only.
 
 The console shows progress with the time left (a bar on a terminal, otherwise a line every so
-often), sample responses, and warnings in plain words (`Watch`).
+often), sample responses, and warnings in plain words (those of `watch.py`).
 """
 
 import contextlib
@@ -40,7 +44,7 @@ from rich.text import Text
 
 from pgpo_jax.errors import InputError, printable, require
 from pgpo_jax.lines import Lines
-from pgpo_jax.watch import Watch, is_number
+from pgpo_jax.watch import is_number
 
 Row = Mapping[str, Any]
 
@@ -121,7 +125,6 @@ class Writer:
         self._config = config or MetricsConfig()
         self._active = active
         self._total = total_steps
-        self._watch = Watch()
         self._bars: dict[str, TaskID] = {}
         self._phases: dict[str, _Phase] = {}
         self._console = Console(highlight=False)
@@ -146,7 +149,7 @@ class Writer:
         with _writable(folder):
             self._files = {
                 name: Lines(folder / name, resume_from, (sizes or {}).get(name))
-                for name in ("metrics.jsonl", "samples.jsonl")
+                for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
             }
 
     def __enter__(self) -> "Writer":
@@ -155,42 +158,43 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, step: int, row: Row) -> list[str]:
+    def write(self, step: int, row: Row, warnings: Iterable[str] = ()) -> None:
         """Adds a row of metrics to the file and the trackers, and tells how it goes.
 
         Args:
           step: Updates done.
           row: Names to numbers (of Python, numpy or jax; one element each), text or null.
-
-        Returns:
-          The warnings that it gave rise to, as said on the console.
+          warnings: What it gave rise to, said after it.
         """
         if not self._active:
-            return []
+            return
         plain = {name: _plain(value) for name, value in row.items() if name != "step"}
         self._append("metrics.jsonl", {"step": int(step), **plain})
         finite = {name: v for name, v in plain.items() if is_number(v) and math.isfinite(v)}
         for tracker in self._trackers:
             tracker.log(int(step), finite)
-        warnings = self._watch.check(plain)
         if "loss" in plain:
             self.progress("train", step, self._total, plain)
         else:
             self.say(f"step {step}: {_summary(plain)}")
         for warning in warnings:
             self.warn(f"step {step}: {warning}")
-        return warnings
 
-    def samples(self, step: int, records: Iterable[Row]) -> None:
+    def samples(
+        self, step: int, records: Iterable[Row], more: Callable[[int], Row] | None = None
+    ) -> None:
         """Writes some of a step's responses to samples.jsonl and, now and then, shows a few.
 
         Args:
           step: Updates done when they were sampled.
           records: One mapping a response, with at least `prompt`, `response` and `reward`.
+          more: Further fields of the record of that number; asked for those that are written.
         """
         if not self._active:
             return
-        chosen = _different_first(list(records), self._config.samples_per_step)
+        records = list(records)
+        places = _different_first(records, self._config.samples_per_step)
+        chosen = [{**records[place], **(more(place) if more else {})} for place in places]
         for record in chosen:
             plain = {name: _plain(value) for name, value in record.items() if name != "step"}
             self._append("samples.jsonl", {"step": int(step), **plain})
@@ -199,6 +203,11 @@ class Writer:
             columns = ("prompt", "response", "reward")
             rows = [{name: record[name] for name in columns} for record in chosen]
             self.table(f"samples of step {step}", rows[: self._config.samples_shown])
+
+    def evaluation(self, step: int, rewards: Sequence[float]) -> None:
+        """Writes the mean reward of every held-out question, in order, to evaluations.jsonl."""
+        if self._active:
+            self._append("evaluations.jsonl", {"step": int(step), "rewards": list(rewards)})
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file, all of it on the disk: where a run that resumes here cuts them.
@@ -438,13 +447,13 @@ def _short(value: Any, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
-def _different_first(records: list[Row], count: int) -> list[Row]:
-    """At most `count` records: the first of each prompt, then the others."""
+def _different_first(records: list[Row], count: int) -> list[int]:
+    """Numbers of at most `count` records: the first of each prompt, then the others."""
     first: dict[str, int] = {}
     for index, record in enumerate(records):
         first.setdefault(record["prompt"], index)
     others = (index for index in range(len(records)) if index not in set(first.values()))
-    return [records[index] for index in [*first.values(), *others][:count]]
+    return [*first.values(), *others][:count]
 
 
 def _duration(seconds: float) -> str:

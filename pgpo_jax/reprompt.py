@@ -18,7 +18,7 @@ import numpy as np
 from pgpo_jax import data
 from pgpo_jax.errors import InputError, require
 from pgpo_jax.tasks import Question
-from pgpo_jax.verifiers import Outcome
+from pgpo_jax.verifiers import Outcome, given_answer
 
 TEMPLATES: Mapping[str, str] = {
     "reprompt": "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
@@ -42,9 +42,10 @@ class RepromptConfig:
     threshold: float = 0.5
     """A response with at least this reward is a success and may be shown to its siblings."""
 
-    demonstration: Literal["sibling", "none", "other"] = "sibling"
+    demonstration: Literal["sibling", "none", "other", "plain"] = "sibling"
     """`sibling` is the method. Controls that train the same rows: `none`, the teacher sees the
-    plain prompt; `other`, it sees a success of another question."""
+    plain prompt; `other`, it sees a success of another question. `plain`: every row trains and the
+    teacher sees the plain prompt, as one that knows more by itself does (`teacher.path`)."""
 
     use_feedback: Literal["without_demonstration", "always", "never"] = "without_demonstration"
     """When the verifier's feedback on the response itself is shown."""
@@ -64,13 +65,17 @@ class RepromptConfig:
     feedback_template: str | None = None
     """Fills {feedback} where there is feedback; null: the task's, else SDPO's."""
 
+    evidence_template: str | None = None
+    """Fills {solution} where `objective.advantage` shows the model a final answer, as
+    {demonstration}; null: the solution template."""
+
     def __post_init__(self) -> None:
         require(
             "reprompt",
             self,
             demonstration=(
-                self.demonstration in ("sibling", "none", "other"),
-                "sibling, none or other",
+                self.demonstration in ("sibling", "none", "other", "plain"),
+                "sibling, none, other or plain",
             ),
             use_feedback=(
                 self.use_feedback in ("without_demonstration", "always", "never"),
@@ -79,7 +84,7 @@ class RepromptConfig:
             threshold=(np.isfinite(self.threshold), "finite"),
             max_length=(self.max_length > 0, "positive (tokens)"),
         )
-        for name, fields in FIELDS.items():
+        for name, fields in (*FIELDS.items(), ("evidence", FIELDS["solution"])):
             template = getattr(self, f"{name}_template")
             if template is not None and not all(field in template for field in fields):
                 raise InputError(
@@ -272,7 +277,9 @@ def reprompt(
             )
             rows.append((question, demonstration, outcome.feedback if wanted else ""))
     has_context = np.array([demo is not None or feedback != "" for _, demo, feedback in rows], bool)
-    if config.demonstration == "none":  # the control: the same rows train, the teacher sees nothing
+    if config.demonstration == "plain":
+        has_context[:] = True
+    if config.demonstration in ("none", "plain"):  # the teacher sees no more than the student
         rows = [(question, None, "") for question, _, _ in rows]
 
     texts = {row: build(*row) for row in dict.fromkeys(rows)}
@@ -303,6 +310,78 @@ def reprompt(
         texts=[texts[row] for row in rows],
         shortened=sum(row in short for row in rows),
     )
+
+
+def show_answers(
+    questions: Sequence[Question],
+    rollouts: data.Rollouts,
+    outcomes: Sequence[Sequence[Outcome]],
+    config: RepromptConfig,
+    tokenizer: Any,
+    templates: Mapping[str, str] | None = None,
+    *,
+    template_options: Mapping[str, Any] | None = None,
+) -> data.Evidence:
+    """Prompts that show the right final answer, and that of a group's worst wrong response.
+
+    The worst has the lowest reward (the first of several); its final answer is what stands in its
+    last box or answer tags, else its text. Arguments as for :func:`reprompt`.
+
+    Raises:
+        InputError: for a question without an answer, or an answer that does not fit the limit.
+    """
+    filled = resolve_templates(config, templates)
+    filled["solution"] = config.evidence_template or filled["solution"]
+
+    def encode(index: int, answer: str | None) -> list[int]:
+        question = questions[index]
+        if answer is None:
+            mask = np.asarray(rollouts.prompt_mask[index], bool)
+            return np.asarray(rollouts.prompts[index])[mask].tolist()
+
+        def build(demonstration: str | None, feedback: str) -> str:
+            messages = teacher_messages(question.messages, demonstration, feedback, filled)
+            return data.render(tokenizer, messages, template_options)
+
+        tokens = data.tokenize(tokenizer, [build(answer, "")])[0]
+        if len(tokens) <= config.max_length:
+            return tokens
+        return _shorten(build, answer, "", tokenizer, config.max_length, question.key)[1]
+
+    wrong = [
+        worst_answer(*group, config.threshold)
+        for group in zip(rollouts.texts, outcomes, strict=True)
+    ]
+    for question in questions:
+        if not question.answer:
+            raise InputError(
+                f"objective.advantage: question {question.key!r} has no answer to show the model; "
+                "give answers, or choose group"
+            )
+    right = [encode(index, question.answer) for index, question in enumerate(questions)]
+    samples = len(rollouts.texts[0])
+
+    def pad(rows: list[list[int]]) -> list[np.ndarray]:
+        longest = max(map(len, rows))
+        padded = data.left_pad(rows, data.bucket(longest, max(config.max_length, longest)))
+        return [np.repeat(array, samples, axis=0) for array in padded]
+
+    return data.Evidence(
+        *pad(right),
+        *pad([encode(index, answer) for index, answer in enumerate(wrong)]),
+        has_wrong=np.repeat([answer is not None for answer in wrong], samples),
+    )
+
+
+def worst_answer(texts: Sequence[str], outcomes: Sequence[Outcome], threshold: float) -> str | None:
+    """The final answer of the response with the lowest reward below the threshold; None if all
+    are right or the wrong ones give none."""
+    wrong = [
+        (outcome.reward, index, given_answer(texts[index]))
+        for index, outcome in enumerate(outcomes)
+        if outcome.reward < threshold
+    ]
+    return next((answer for _, _, answer in sorted(wrong) if answer), None)
 
 
 def _shorten(

@@ -11,10 +11,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from pgpo_jax import information, losses, sharding
+from pgpo_jax import information, losses, objectives, packing, sharding
 from pgpo_jax.data import Batch
-from pgpo_jax.fused import distill
+from pgpo_jax.fused import distill, score
+from pgpo_jax.objectives import SDPO, ObjectiveConfig, Policy
 from pgpo_jax.optimizer import information_state, init_state, state_shardings
+from pgpo_jax.packing import Packed
+from pgpo_jax.teacher import AVERAGE, TeacherConfig, mix_logits, refresh
 
 
 class TrainState(NamedTuple):
@@ -30,34 +33,45 @@ class TrainState(NamedTuple):
     """State of the optimizer chain."""
 
 
-def train_state_shardings(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Where a state lives, given parameters (or `jax.ShapeDtypeStruct`) that live on a mesh."""
+def train_state_shardings(
+    params: Any, optimizer: optax.GradientTransformation, teacher: Any = None
+) -> TrainState:
+    """Where a state lives, given parameters (or `jax.ShapeDtypeStruct`) that live on a mesh, and
+    those of the teacher where it is another model."""
     where = jax.tree.map(lambda p: p.sharding, params)
     everywhere = NamedSharding(jax.tree.leaves(where)[0].mesh, PartitionSpec())
-    return TrainState(everywhere, where, where, state_shardings(optimizer, params))
+    theirs = where if teacher is None else jax.tree.map(lambda p: p.sharding, teacher)
+    return TrainState(everywhere, where, theirs, state_shardings(optimizer, params))
 
 
-def init_train_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update: the teacher is a copy of the student."""
-    where = train_state_shardings(params, optimizer)
+def init_train_state(
+    params: Any, optimizer: optax.GradientTransformation, teacher: Any = None
+) -> TrainState:
+    """The state before the first update: the teacher is a copy of the student, or another model."""
+    where = train_state_shardings(params, optimizer, teacher)
     return TrainState(
         step=jax.jit(lambda: jnp.zeros([], jnp.int32), out_shardings=where.step)(),
         student=params,
-        teacher=jax.tree.map(jnp.copy, params),  # a copy: the student's buffers are donated
+        # A copy: the student's buffers are donated.
+        teacher=jax.tree.map(jnp.copy, params) if teacher is None else teacher,
         opt_state=init_state(optimizer, params),
     )
 
 
-def abstract_train_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_train_state(
+    params: Any, optimizer: optax.GradientTransformation, teacher: Any = None
+) -> TrainState:
     """Shapes, types and shardings of a state, without its memory."""
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    state = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32), shapes, shapes, jax.eval_shape(optimizer.init, params)
+    student, theirs = (
+        jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), tree)
+        for tree in (params, params if teacher is None else teacher)
     )
+    opt_state = jax.eval_shape(optimizer.init, params)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), student, theirs, opt_state)
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         state,
-        train_state_shardings(params, optimizer),
+        train_state_shardings(params, optimizer, teacher),
     )
 
 
@@ -67,26 +81,37 @@ def make_train_step(
     config: losses.DistillationConfig,
     shardings: TrainState,
     *,
+    objective: ObjectiveConfig = SDPO,
+    teacher_config: TeacherConfig = AVERAGE,
+    teacher_graphdef: nnx.GraphDef | None = None,
     micro_batches: int = 1,
     vocab_size: int | None = None,
     estimators: Sequence[information.Estimator] = (),
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    per_token: bool = False,
+) -> Callable[[TrainState, Batch | Packed], tuple[TrainState, dict[str, Float[Array, "..."]]]]:
     """Builds the jitted update: both forwards, divergence, information, optimizer, teacher.
 
-    An update is skipped, the state but for `step` left as it was, when no response has a teacher
-    context (Adam's momentum would still move the weights) or when gradient or information are
-    not finite; the measurement `skipped` says so.
+    An update is skipped, the state but for `step` left as it was, when no token adds to the loss
+    (for SDPO: none of a response with a teacher context is there; Adam's momentum would still move
+    the weights) or when loss, information or gradient is not finite; the measurements `skipped`
+    and `finite` say so.
 
     Args:
       graphdef: The model of student and teacher.
       optimizer: A chain whose `update` takes `information`.
-      config: Divergence, estimator, aggregation, the teacher's rate.
+      config: Divergence, estimator, aggregation.
       shardings: Where the state lives (`train_state_shardings`); rows are split over the `data`
         and `fsdp` axes of its mesh.
+      objective: Which loss; the default is SDPO's. Others read `Batch.judged`, some
+        `Batch.evidence`.
+      teacher_config: How the teacher follows the student.
+      teacher_graphdef: The teacher's model where it is another one, of the same vocabulary.
       micro_batches: Parts that the rows of a batch are worked through in. Loss, information and
-        gradients are those of the whole batch, however it is split.
+        gradients are those of the whole batch, however it is split. A `Packed` batch has its own.
       vocab_size: Vocabulary rows from this one on are padding.
       estimators: Further estimators to measure, besides the one that the multiplier reads.
+      per_token: Whether to give the divergence of every token too, as `token_divergence`,
+        in the shape of the batch's `responses`; outside the response mask it may be anything.
 
     Returns:
       `(state, batch) -> (state, measurements)`; the state is donated. Measurements are float32
@@ -94,29 +119,52 @@ def make_train_step(
     """
     mesh = shardings.step.mesh
     wanted = tuple(dict.fromkeys((config.estimator, *estimators)))
+    vocabulary = {"config": config, "vocab_size": vocab_size, "mesh": mesh}
+    vocabulary_pass: Any = functools.partial(distill, **vocabulary)
 
-    def loss_fn(student, teacher, batch: Batch, weights):
-        rows = (batch.responses, batch.response_mask)
-        model, teacher_model = nnx.merge(graphdef, student), nnx.merge(graphdef, teacher)
-        hidden = model.response_hidden(batch.prompts, batch.prompt_mask, *rows)
-        teacher_hidden = teacher_model.response_hidden(
-            batch.teacher_prompts, batch.teacher_prompt_mask, *rows
-        )
-        loss, terms = distill(
-            _flat(hidden),
-            model.head(),
-            _flat(teacher_hidden),
-            teacher_model.head(),
-            _flat(batch.responses),
-            _flat(weights["loss"]),
-            _flat(batch.sampler_log_probs),
-            config=config,
-            vocab_size=vocab_size,
-            estimators=wanted,
-            mesh=mesh,
+    def policy_of(batch: Batch | Packed, weights, log_probs_in) -> Policy | None:
+        """What the policy gradient reads; `log_probs_in(view)` scores the responses."""
+        if not objective.policy:
+            return None
+        names = ("policy", "advantages", "advantage_weight")
+        policy = Policy(*(_flat(weights[name]) for name in names))
+        if objective.needs_evidence:
+            policy = policy._replace(with_right=log_probs_in("right"))
+        if objective.advantage == "contrast":
+            has_wrong = packing.to_tokens(batch, packing.has_wrong(batch))
+            policy = policy._replace(with_wrong=log_probs_in("wrong"), has_wrong=_flat(has_wrong))
+        return policy
+
+    def loss_fn(student, teacher, batch: Batch | Packed, weights):
+        tokens, sampled = _flat(batch.responses), _flat(batch.sampler_log_probs)
+        model = nnx.merge(graphdef, student)
+        teacher_model = nnx.merge(teacher_graphdef or graphdef, teacher)
+        hidden = packing.response_hidden(model, batch, "student")
+        teaching = packing.response_hidden(teacher_model, batch, "teacher"), teacher_model.head()
+        if teacher_config.refresh == "trust_region":
+            live = nnx.merge(graphdef, jax.lax.stop_gradient(student))
+            its = packing.response_hidden(live, batch, "teacher"), live.head()
+            teaching = mix_logits(*teaching, *its, teacher_config.mix)
+        inputs = (hidden, model.head(), *teaching, tokens)
+
+        def log_probs_in(view: str):
+            seen = packing.response_hidden(teacher_model, batch, view)
+            return score(seen, teacher_model.head(), tokens, **vocabulary)
+
+        weight = weights["distillation"]
+        if objective.token_weight != "uniform":  # they need every token of a response at once
+            _, terms = vocabulary_pass(
+                *jax.lax.stop_gradient(inputs), _flat(weight), estimators=(config.estimator,)
+            )
+            gaps = terms.information[config.estimator]
+            raw = objectives.token_weights(objective, terms.teacher_entropy, gaps)
+            weight *= packing.to_mean_1(batch, raw.reshape(weight.shape))
+        policy = policy_of(batch, weights, log_probs_in)
+        loss, terms = vocabulary_pass(
+            *inputs, _flat(weight), sampled, policy, objective=objective, estimators=wanted
         )
         context, every = _flat(weights["context"]), _flat(weights["every"])
-        mismatch = jnp.abs(terms.token_log_probs - _flat(batch.sampler_log_probs))
+        mismatch = jnp.abs(terms.token_log_probs - sampled)
         measured = {
             "information": _weighted(terms.information[config.estimator], context),
             "divergence": _weighted(terms.divergence, context),
@@ -129,66 +177,118 @@ def make_train_step(
                 for name in estimators
             },
         }
-        return loss, {"loss": loss, **measured}
+        if policy is not None:
+            measured["loss/policy"] = _weighted(terms.policy, policy.weights)
+        return loss, ({"loss": loss, **measured}, terms.divergence.reshape(batch.responses.shape))
 
-    def gradients(student, teacher, batch: Batch, weights):
-        """Summed over micro-batches; the weights were fixed on the whole batch."""
+    def gradients(student, teacher, batch: Batch | Packed, weights):
+        """Summed over micro-batches, whose weights were fixed on the whole batch; and per token."""
         grad_fn = jax.grad(loss_fn, has_aux=True)
-        if micro_batches == 1:
+        packed = isinstance(batch, Packed)
+        count = packing.micro_batches(batch, mesh) if packed else micro_batches
+        if count == 1:
             return grad_fn(student, teacher, batch, weights)
 
         def accumulate(total, part):
-            return jax.tree.map(jnp.add, total, grad_fn(student, teacher, *part)), None
+            grads, (measured, divergence) = grad_fn(student, teacher, *part)
+            return jax.tree.map(jnp.add, total, (grads, measured)), divergence
 
-        parts = jax.tree.map(
-            functools.partial(_split, parts=micro_batches, mesh=mesh), (batch, weights)
-        )
+        parts = jax.tree.map(functools.partial(_split, parts=count, mesh=mesh), (batch, weights))
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(grad_fn, student, teacher, *first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(accumulate, zeros, parts)[0]
+        grads, (measured, _) = jax.eval_shape(grad_fn, student, teacher, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, measured))
+        (grads, measured), divergence = jax.lax.scan(accumulate, zeros, parts)
+        return grads, (measured, _join(divergence))
 
-    def train_step(state: TrainState, batch: Batch):
-        mask, context = jnp.asarray(batch.response_mask), jnp.asarray(batch.has_context)
-        weights = {
-            "loss": losses.token_weights(mask, context, config.aggregation),
-            "context": information.token_weights(mask, context),
-            "every": information.token_weights(mask, jnp.ones_like(context)),
-        }
-        grads, measured = gradients(state.student, state.teacher, batch, weights)
+    def train_step(state: TrainState, batch: Batch | Packed):
+        per_response, active = _weights(config, objective, batch, state.step)
+        weights = {name: packing.to_tokens(batch, x) for name, x in per_response.items()}
+        grads, (measured, divergence) = gradients(state.student, state.teacher, batch, weights)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & ~jnp.isnan(measured["information"])
+        numbers = (measured["loss"], measured["information"], grad_norm)
+        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, numbers))
+        learns = finite & active
 
         def update(state: TrainState):
             updates, opt_state = optimizer.update(
                 grads, state.opt_state, state.student, information=measured["information"]
             )
             student = optax.apply_updates(state.student, updates)
-            teacher = optax.incremental_update(student, state.teacher, config.ema_rate)
+            count = information_state(opt_state).count
+            teacher = refresh(student, state.teacher, count, teacher_config)
             return TrainState(state.step, student, teacher, opt_state), optax.tree.norm(updates)
 
         def skip(state: TrainState):
             return state, jnp.zeros([])
 
-        state, update_norm = jax.lax.cond(finite & jnp.any(context), update, skip, state)
-        distance = optax.tree.norm(jax.tree.map(jnp.subtract, state.student, state.teacher))
+        state, update_norm = jax.lax.cond(learns, update, skip, state)
+        if teacher_graphdef is None:
+            distance = optax.tree.norm(jax.tree.map(jnp.subtract, state.student, state.teacher))
+            measured["teacher_student_distance"] = distance
         measured |= {
             "multiplier": information_state(state.opt_state).multiplier,
             "grad_norm": grad_norm,
             "update_norm": update_norm,
-            "teacher_student_distance": distance,
             "finite": finite.astype(jnp.float32),
-            "skipped": 1.0 - (finite & jnp.any(context)),
+            "skipped": 1.0 - learns,
+            "padding_fraction": packing.padding_fraction(batch),
         }
-        return state._replace(step=state.step + 1), measured
+        if per_token:
+            measured["token_divergence"] = divergence
+        return state._replace(step=state.step + 1), jax.tree.map(place, measured)
+
+    def place(x: Array) -> Array:
+        """Numbers are on every device, rows where the batch's are."""
+        where = sharding.row_sharding(x.shape, mesh) if x.ndim else shardings.step
+        return jax.lax.with_sharding_constraint(x, where)
 
     # Without stated shardings the partitioner may move the state from one step to the next.
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _weights(
+    config: losses.DistillationConfig,
+    objective: ObjectiveConfig,
+    batch: Batch | Packed,
+    step: Array,
+) -> tuple[dict[str, Array], Array]:
+    """The weight of every response's tokens in the loss and in the measurements, from the whole
+    batch, so that micro-batches cannot change it; and whether the batch adds to the loss at all."""
+    lengths, context = packing.response_lengths(batch), jnp.asarray(batch.has_context).ravel()
+    unknown = objectives.Judged(jnp.zeros_like(context), *[jnp.zeros(context.shape)] * 2)
+    judged = jax.tree.map(jnp.ravel, batch.judged or unknown)
+    routes = objectives.route(objective, judged.success, context)
+    per_token = losses.response_weights(
+        lengths, routes.policy | routes.distillation, config.aggregation
+    )
+    weights = {
+        "distillation": objectives.distillation_coefficient(objective, step)
+        * objectives.question_weights(objective, judged.share)
+        * per_token
+        * routes.distillation,
+        "context": information.response_weights(lengths, context),
+        "every": information.response_weights(lengths, jnp.ones_like(context)),
+    }
+    counts = lengths > 0
+    active = jnp.any((weights["distillation"] != 0) & counts)
+    if objective.policy:
+        evidence = jnp.full(context.shape, objectives.advantage_weight(objective, step))
+        matters = judged.advantages != 0
+        if objective.advantage == "choice":  # without a context its choice is the student's own
+            evidence *= context
+            matters |= evidence != 0  # a gradient even where all rewards are equal
+        weights |= {
+            "policy": objective.policy * per_token * routes.policy,
+            "advantages": judged.advantages,
+            "advantage_weight": evidence,
+        }
+        active |= jnp.any((weights["policy"] != 0) & matters & counts)
+    return weights, active
 
 
 def _flat(x: Any) -> Array:
-    """`[row, time, ...]` -> `[row * time, ...]`."""
-    return x.reshape(-1, *x.shape[2:])
+    """`[row, time]` or `[part, token]` -> `[token]`."""
+    return x.reshape(-1)
 
 
 def _weighted(terms: Array, weights: Array) -> Array:
@@ -197,7 +297,15 @@ def _weighted(terms: Array, weights: Array) -> Array:
 
 
 def _split(x: Array, parts: int, mesh: Mesh) -> Array:
-    """Rows -> `[part, row, ...]`, each spread over all devices: row r goes to part r % parts."""
+    """Rows -> `[part, row, ...]`, each spread over all devices: row r goes to part r % parts.
+
+    The first axis of a `Packed` is by device, then by micro-batch, so it is split the same way.
+    """
     x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
     where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
     return jax.lax.with_sharding_constraint(x, where)
+
+
+def _join(x: Array) -> Array:
+    """`[part, row, ...]` -> rows, as they were before `_split`."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])

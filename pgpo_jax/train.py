@@ -8,6 +8,7 @@ student towards what the teacher would have said.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import signal
 import sys
@@ -21,17 +22,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pgpo_jax import config as config_module
-from pgpo_jax import data, hf, sampler, sharding, tasks
+from pgpo_jax import data, hf, objectives, packing, sampler, sharding, tasks
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.checks import check_run
 from pgpo_jax.claim import claim_folder
 from pgpo_jax.config import Config
-from pgpo_jax.data import Contexts, Rollouts
-from pgpo_jax.errors import InputError, RunError, command
-from pgpo_jax.evaluate import answer, evaluate, held_out, verify
+from pgpo_jax.data import Contexts, Evidence, Rollouts
+from pgpo_jax.errors import InputError, RunError, command, printable
+from pgpo_jax.evaluate import answer, evaluate, held_out, question_rewards, verify
 from pgpo_jax.metrics import Writer, count_compilations
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
-from pgpo_jax.reprompt import reprompt
+from pgpo_jax.reprompt import reprompt, show_answers
 from pgpo_jax.rollout import rollout
 from pgpo_jax.step import (
     TrainState,
@@ -43,11 +44,10 @@ from pgpo_jax.step import (
 from pgpo_jax.tasks import Question, Task
 from pgpo_jax.verifiers import Outcome
 from pgpo_jax.warm_start import warm_start
+from pgpo_jax.watch import End, Watch
 
 STOPPED = 75
 """Exit code after a signal: the state is saved, the same command goes on (EX_TEMPFAIL)."""
-MOST_BROKEN_STEPS = 10
-"""So many updates in a row without finite gradients end the run."""
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -63,6 +63,10 @@ class Run(NamedTuple):
     tokenizer: Any
     sampling: sampler.SamplingConfig
     """The sampling section with the model's end tokens and vocabulary."""
+    teacher_graphdef: nnx.GraphDef | None = None
+    """The teacher's model, where it is another one (`teacher.path`)."""
+    teacher: Any = None
+    """Its parameters."""
 
 
 def load_run(config: Config) -> Run:
@@ -84,7 +88,21 @@ def load_run(config: Config) -> Run:
         sampling = dataclasses.replace(sampling, vocab_size=len(tokenizer))
     architecture = nnx.merge(graphdef, params).config
     check_run(task, architecture, tokenizer, sampling, config.data, config.reprompt)
-    return Run(mesh, task, graphdef, params, tokenizer, sampling)
+    run = Run(mesh, task, graphdef, params, tokenizer, sampling)
+    if config.teacher.path is None:
+        return run
+    section = dataclasses.replace(config.model, path=config.teacher.path, architecture=None)
+    theirs, teacher, other_tokenizer = hf.from_section(section, mesh, jax.random.key(0))
+    if other_tokenizer is not None and other_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"teacher.path: {config.teacher.path} has another vocabulary than the student; its "
+            "choice of token would mean nothing, so take a teacher of the same family"
+        )
+    if (size := nnx.merge(theirs, teacher).config.vocab_size) != architecture.vocab_size:
+        raise InputError(
+            f"teacher.path: got a model of {size} tokens; the student has {architecture.vocab_size}"
+        )
+    return run._replace(teacher_graphdef=theirs, teacher=teacher)
 
 
 def checkpoint_folder(config: Config) -> str:
@@ -112,10 +130,14 @@ def train(config: Config) -> int:
         run.graphdef,
         optimizer,
         config.distillation,
-        train_state_shardings(run.params, optimizer),
+        train_state_shardings(run.params, optimizer, run.teacher),
+        objective=config.objective,
+        teacher_config=config.teacher,
+        teacher_graphdef=run.teacher_graphdef,
         micro_batches=config.data.micro_batches,
         vocab_size=run.sampling.vocab_size,
         estimators=config.metrics.estimators,
+        per_token=config.metrics.samples_per_step > 0,
     )
     rates = learning_rate(config.optimizer)
     step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
@@ -140,7 +162,15 @@ def train(config: Config) -> int:
         else:
             writer.say(f"resumed at step {resumed} from {checkpoint_folder(config)}{changes}")
         evaluated = saved.get("evaluated", -1)
-        run = run._replace(params=None)  # the state holds them now, and donates them
+        # On every host alike: its rows are those of all.
+        watch = Watch(config.alarms, saved.get("watch"))
+        ending = watch.end()
+        if ending and ending.code:
+            ending = None  # whoever comes back after a failure wants to go on
+        run = run._replace(params=None, teacher=None)  # the state holds and donates them
+
+        def save() -> None:
+            _save(checkpoints, writer, state, {"evaluated": evaluated, "watch": watch.state})
 
         @stack.push
         def save_before_a_mistake_ends_it(kind, error, trace) -> None:
@@ -148,38 +178,49 @@ def train(config: Config) -> int:
             del kind, trace
             if isinstance(error, InputError) and jax.process_count() == 1:
                 try:
-                    _save(checkpoints, writer, state, evaluated)
+                    save()
                 except RunError as failed:  # the mistake is what to mend first
                     writer.warn(str(failed))
 
         stack.push(_name_the_missing)
-        broken = 0
 
         while True:
             step = int(state.step)
-            if step != evaluated and _is_due(config, step) and not stopping():
+            done = step == config.steps or ending is not None
+            if step != evaluated and _is_due(config, step, done) and not stopping():
                 _evaluate(config, run, state.student, evaluation_key, step, writer, checkpoints)
                 evaluated = step
-            ends = (stopped := stopping()) or step == config.steps
+            ends = (stopped := stopping()) or done
             checkpoints.check()
             if ends or (step != resumed and _saves(config, step)):
-                _save(checkpoints, writer, state, evaluated)
+                save()
             if ends:
                 break
 
             started = time.perf_counter()
             indices = batch_indices(step=step)
-            mine = indices[sharding.host_rows(len(indices))]
-            questions = [run.task.train[int(index)] for index in mine]
+            own = indices[sharding.host_rows(len(indices))]
+            questions = [run.task.train[int(index)] for index in own]
             key = jax.random.fold_in(step_key, step)
             rollouts = _rollout(config, run, state.student, questions, key)
             sampled = time.perf_counter()
             outcomes = verify(run.task, questions, rollouts.texts)
             contexts = _reprompt(config, run, questions, rollouts, outcomes, step)
+            evidence = _show_answers(config, run, questions, rollouts, outcomes)
             prompted = time.perf_counter()
-            batch = sharding.to_global(data.make_batch(rollouts, contexts), run.mesh)
+            judged = objectives.judge(
+                [[outcome.reward for outcome in group] for group in outcomes],
+                config.reprompt.threshold,
+                config.objective.scale_advantage,
+            )
+            batch = data.make_batch(rollouts, contexts, judged, evidence)
+            mine = packing.pack(batch, config.data, run.mesh)
+            batch = sharding.to_global(mine, run.mesh)
             updates = int(information_state(state.opt_state).count)
             state, measured = train_step(state, batch)
+            divergence = sharding.to_host(measured.pop("token_divergence", None))
+            if divergence is not None:
+                divergence = packing.to_rows(mine, divergence)
             # Nothing is gained by fetching one step late: the next answers need this student.
             measured = {name: float(value) for name, value in jax.device_get(measured).items()}
             ended = time.perf_counter()
@@ -187,6 +228,7 @@ def train(config: Config) -> int:
             row = _summarise(config, run, rollouts, outcomes, contexts)
             tokens = row.pop("tokens")
             row |= measured | {
+                "skipped/total": step - updates + int(measured["skipped"]),
                 "lr": float(np.asarray(rates(updates))),
                 "time/rollout": sampled - started,
                 "time/reprompt": prompted - sampled,
@@ -195,22 +237,30 @@ def train(config: Config) -> int:
                 "tokens_per_second/train": tokens / (ended - prompted),
                 "compilations": compiled.total(),
             }
-            writer.write(step + 1, row)
-            writer.samples(step + 1, _records(run, questions, rollouts, outcomes, contexts))
-            broken = 0 if measured["finite"] else broken + 1
-            if broken == MOST_BROKEN_STEPS:
-                raise RuntimeError(
-                    f"{broken} updates in a row were not finite; {checkpoint_folder(config)} "
-                    "has the newest state"
-                )
+            fired = watch.check(row)
+            ending = watch.end()
+            row["information/running_mean"] = watch.running_information
+            if fired:
+                row["alarm"] = ", ".join(alarm.name for alarm in fired)
+            writer.write(step + 1, row, [alarm.text for alarm in fired])
+            writer.samples(
+                step + 1,
+                _records(run, questions, rollouts, outcomes, contexts),
+                lambda row, rollouts=rollouts, divergence=divergence: _per_token(
+                    run, rollouts, divergence, row
+                ),
+            )
         checkpoints.wait()
         if checkpoints.latest_step() != step:
             raise RunError(
                 f"checkpoints: the run ended at step {step}, which is not saved (its newest "
                 f"checkpoint: {checkpoints.latest_step()}); the same command goes on from there"
             )
-        writer.say(f"{'stopped' if stopped else 'done'} at step {step}: {config.output_dir}")
-    return STOPPED if stopped else 0
+        if ending is None:
+            writer.say(f"{'stopped' if stopped else 'done'} at step {step}: {config.output_dir}")
+            return STOPPED if stopped else 0
+        _say_the_end(ending, step, config, writer)
+    return ending.code
 
 
 # ---- parts of the loop ---------------------------------------------------------------------------
@@ -232,12 +282,14 @@ def _restore(run: Run, optimizer: Any, checkpoints: Checkpoints) -> tuple[Any, d
     """The newest whole checkpoint and what was saved with it; None and nothing without one."""
     if checkpoints.latest_step() is None:
         return None, {}
-    like = abstract_train_state(run.params, optimizer)
-    jax.tree.map(lambda p: p.delete(), run.params)  # room for what is restored
+    like = abstract_train_state(run.params, optimizer, run.teacher)
+    jax.tree.map(lambda p: p.delete(), (run.params, run.teacher))  # room for what is restored
     return checkpoints.restore(like)
 
 
-def _save(checkpoints: Checkpoints, writer: Writer, state: TrainState, evaluated: int) -> None:
+def _save(
+    checkpoints: Checkpoints, writer: Writer, state: TrainState, counters: dict[str, Any]
+) -> None:
     """Saves the state, and where the files of the run end, which must be on the disk before it."""
     step, sizes, problem = int(state.step), {}, None
     try:
@@ -247,7 +299,7 @@ def _save(checkpoints: Checkpoints, writer: Writer, state: TrainState, evaluated
     if sharding.agree_max([problem is not None])[0]:
         checkpoints.failed(step, problem or RuntimeError("the metrics cannot be written"))
     else:
-        checkpoints.save(step, state, {"evaluated": evaluated, "files": sizes})
+        checkpoints.save(step, state, {**counters, "files": sizes})
 
 
 def _first_state(config: Config, run: Run, optimizer: Any, writer: Writer) -> TrainState:
@@ -268,7 +320,7 @@ def _first_state(config: Config, run: Run, optimizer: Any, writer: Writer) -> Tr
                 "warm start", done, config.warm_start.steps, {"loss": loss}
             ),
         )
-    return init_train_state(params, optimizer)
+    return init_train_state(params, optimizer, run.teacher)
 
 
 def _rollout(
@@ -309,6 +361,32 @@ def _reprompt(
     return contexts._replace(prompts=prompts, prompt_mask=mask)
 
 
+def _show_answers(
+    config: Config,
+    run: Run,
+    questions: Sequence[Question],
+    rollouts: Rollouts,
+    outcomes: Sequence[Sequence[Outcome]],
+) -> Evidence | None:
+    """Prompts with final answers in them, where the objective weighs tokens by those."""
+    if not config.objective.needs_evidence:
+        return None
+    evidence = show_answers(
+        questions,
+        rollouts,
+        outcomes,
+        config.reprompt,
+        run.tokenizer,
+        run.task.templates,
+        template_options=config.data.template_options,
+    )
+    right, right_mask, wrong, wrong_mask, has_wrong = map(np.asarray, evidence)
+    right_width, wrong_width = sharding.agree_max([right.shape[1], wrong.shape[1]])
+    right, right_mask = data.widen_left(right, right_mask, right_width)
+    wrong, wrong_mask = data.widen_left(wrong, wrong_mask, wrong_width)
+    return Evidence(right, right_mask, wrong, wrong_mask, has_wrong)
+
+
 def _evaluate(config, run, student, key, step, writer, checkpoints) -> None:
     """Scores the held-out questions, keeps the best student, shows a few answers."""
     started = time.perf_counter()
@@ -327,6 +405,8 @@ def _evaluate(config, run, student, key, step, writer, checkpoints) -> None:
     if step == 0 and config.evaluation.preflight_questions and run.task.demonstration:
         metrics |= _preflight(config, run, student, key, writer)
     writer.write(step, metrics)
+    asked = len(held_out(run.task, config.evaluation))
+    writer.evaluation(step, question_rewards(answered, asked))
     if answered.questions:
         shown = zip(answered.questions, answered.texts, answered.outcomes, strict=True)
         writer.table(
@@ -387,7 +467,7 @@ def _summarise(
     rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
     contexts: Contexts,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Metrics of rewards, groups and lengths, over all hosts."""
     flat = [outcome for group in outcomes for outcome in group]
     lengths = rollouts.response_mask.sum(-1).reshape(-1)
@@ -449,15 +529,40 @@ def _records(run, questions, rollouts, outcomes, contexts) -> list[dict[str, Any
     ]
 
 
-def _is_due(config: Config, step: int) -> bool:
+def _per_token(
+    run: Run, rollouts: Rollouts, divergence: Sequence[np.ndarray] | None, row: int
+) -> dict[str, Any]:
+    """The texts of a response's tokens, and the divergence at each in nats."""
+    mask = rollouts.response_mask.reshape(-1, rollouts.response_mask.shape[-1])[row]
+    tokens, places = np.unique(
+        rollouts.responses.reshape(-1, mask.size)[row][mask], return_inverse=True
+    )
+    texts = run.tokenizer.batch_decode(tokens[:, None].tolist(), clean_up_tokenization_spaces=False)
+    values = [] if divergence is None else divergence[row].tolist()
+    return {
+        "tokens": [texts[place] for place in places],
+        "divergence": [float(f"{value:.3g}") if math.isfinite(value) else None for value in values],
+    }
+
+
+def _is_due(config: Config, step: int, done: bool) -> bool:
     every = config.evaluation.every
-    return every > 0 and (step % every == 0 or step == config.steps)
+    return every > 0 and (step % every == 0 or done)
 
 
 def _saves(config: Config, step: int) -> bool:
     if step == 0:
         return config.warm_start.steps > 0  # not to be done again after an interruption
     return config.checkpoint.every > 0 and step % config.checkpoint.every == 0
+
+
+def _say_the_end(ending: End, step: int, config: Config, writer: Writer) -> None:
+    """Why the run ends early: on the console, a failure as an error on stderr."""
+    text = f"ended at step {step}: {ending.text}; {checkpoint_folder(config)} has the newest state"
+    if ending.code and sharding.is_main():
+        print("error: " + printable(text), file=sys.stderr, flush=True)
+    if not ending.code:
+        writer.say(text + "; to go on, take it out of alarms.stop_on and give the command again")
 
 
 @contextlib.contextmanager

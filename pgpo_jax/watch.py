@@ -1,14 +1,83 @@
-"""What a user should hear of while a run goes on, in plain words.
+"""What a user should hear of while a run goes on, in plain words, and what ends it early.
 
 The conditions are those that users of such trainers report as silent failures: a loss of 0 because
-nothing succeeded, flat rewards, cut-off responses, collapse.
+nothing succeeded, flat rewards, cut-off responses, updates that are skipped; and what comes before
+or with a collapse: reward, entropy or length that fall, responses that grow, information below 0.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeGuard
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeGuard
+
+from pgpo_jax.errors import require
 
 Row = Mapping[str, Any]
+Name = Literal[
+    "not_finite",
+    "inactive",
+    "flat",
+    "cut_off",
+    "reward_fall",
+    "entropy_fall",
+    "length_fall",
+    "length_surge",
+    "information",
+]
+
+
+@dataclass(frozen=True)
+class AlarmsConfig:
+    """When a run warns of itself, and what ends it early (config section `alarms`)."""
+
+    stop_on: tuple[Name, ...] = ()
+    """Alarms at which the run saves and ends, with exit code 0; the others only warn. All of them
+    are named in metrics.jsonl where they fire, as `alarm`."""
+    window: int = 10
+    """Steps, about, over which the means are taken that the falls, the surge and `information`
+    read (exponentially weighted); so many steps pass before the first fall or surge."""
+    fall: float = 0.5
+    """`reward_fall`, `entropy_fall`, `length_fall`: a mean is under this part of its best."""
+    surge: float = 2.0
+    """`length_surge`: the mean response length is over this multiple of its lowest."""
+    information_steps: int = 10
+    """`information`: the mean was below 0 for so many steps in a row."""
+    most_broken: int = 10
+    """So many updates in a row skipped because loss, gradient or information was not finite save
+    and end the run, with exit code 1."""
+    most_inactive: int | None = 100
+    """The same for updates skipped because no response had a teacher context; null goes on."""
+
+    def __post_init__(self):
+        require(
+            "alarms",
+            self,
+            window=(self.window >= 1, "at least 1"),
+            fall=(0 < self.fall < 1, "between 0 and 1, both excluded"),
+            surge=(self.surge > 1, "more than 1"),
+            information_steps=(self.information_steps >= 1, "at least 1"),
+            most_broken=(self.most_broken >= 1, "at least 1"),
+            most_inactive=(
+                self.most_inactive is None or self.most_inactive >= 1,
+                "at least 1, or null",
+            ),
+        )
+
+
+class Alarm(NamedTuple):
+    """One that fired at a step."""
+
+    name: Name
+    text: str
+    """What it means and what can be done, for people."""
+
+
+class End(NamedTuple):
+    """Why a run ends before its last step."""
+
+    code: int
+    """Exit code: 0 for an alarm in `stop_on`, 1 for too many skipped updates in a row."""
+    text: str
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
@@ -20,8 +89,11 @@ def _is_finite(value: Any) -> TypeGuard[int | float]:
     return is_number(value) and math.isfinite(value)
 
 
+# ---- conditions of single rows -------------------------------------------------------------------
+
+
 class Condition(NamedTuple):
-    """Something a user should hear of."""
+    """Something that single rows show."""
 
     holds: Callable[[Row], bool]
     patience: int  # steps in a row before the first warning
@@ -36,15 +108,15 @@ def _at_least(name: str, least: float) -> Callable[[Row], bool]:
     return lambda row: is_number(row.get(name)) and row[name] >= least
 
 
-CONDITIONS = {
-    "not finite": Condition(
+CONDITIONS: dict[Name, Condition] = {
+    "not_finite": Condition(
         lambda row: any(
             name in row and not _is_finite(row[name])
             for name in ("loss", "information", "grad_norm")
         ),
         1,
-        "loss, information or gradient is not finite; if it comes again, lower "
-        "optimizer.learning_rate and look at the newest rows of samples.jsonl",
+        "loss, information or gradient is not finite, so the update was skipped; if it comes "
+        "again, lower optimizer.learning_rate and look at the newest rows of samples.jsonl",
     ),
     "inactive": Condition(
         _is_zero("context_fraction"),
@@ -60,7 +132,7 @@ CONDITIONS = {
         "all responses got the same reward; if it stays so, the questions are too easy or too "
         "hard, or the verifier does not tell good from bad",
     ),
-    "cut off": Condition(
+    "cut_off": Condition(
         _at_least("response_length/clip_fraction", 0.5),
         3,
         "half or more of the responses hit the limit and were cut off; raise "
@@ -68,53 +140,190 @@ CONDITIONS = {
     ),
 }
 
-# What should not collapse: (metric, how to call it). Half of its best smoothed value is an alarm.
-FALLS = {
-    "reward/mean": "the reward",
-    "entropy/student": "the student's entropy",
-    "response_length/mean": "the response length",
+
+# ---- trends over many rows -----------------------------------------------------------------------
+
+
+class Trace(NamedTuple):
+    """The running mean of a metric, and the lowest and highest that it has been."""
+
+    mean: float
+    lowest: float
+    highest: float
+    rows: int
+
+
+def follow(trace: Trace | None, value: float, window: int) -> Trace:
+    """The trace with one more value; in the first `window` rows the extremes go with the mean."""
+    if trace is None:
+        return Trace(value, value, value, 1)
+    mean = trace.mean + (value - trace.mean) / window
+    if trace.rows < window:
+        return Trace(mean, mean, mean, trace.rows + 1)
+    return Trace(mean, min(trace.lowest, mean), max(trace.highest, mean), trace.rows + 1)
+
+
+def _under_a_teacher(value: Callable[[Row], Any]) -> Callable[[Row], Any]:
+    """Entropies are means over the responses with a context, and 0 where there is none."""
+    return lambda row: None if row.get("context_fraction") == 0 else value(row)
+
+
+def _entropy_gap(row: Row) -> float | None:
+    student, teacher = row.get("entropy/student"), row.get("entropy/teacher")
+    return student - teacher if _is_finite(student) and _is_finite(teacher) else None
+
+
+# The information is the paper's, whichever estimator the multiplier reads: the others cannot fall
+# below 0 (`pointwise` is hardly ever above).
+TRACED: dict[str, Callable[[Row], Any]] = {
+    "reward": lambda row: row.get("reward/mean"),
+    "entropy": _under_a_teacher(lambda row: row.get("entropy/student")),
+    "length": lambda row: row.get("response_length/mean"),
+    "information": _under_a_teacher(_entropy_gap),
 }
+
+
+class Trend(NamedTuple):
+    """Something that a running mean shows."""
+
+    traced: str
+    holds: Callable[[Trace, AlarmsConfig], bool]
+    steps: Callable[[AlarmsConfig], int]  # in a row before it is told
+    text: str
+
+
+def _fell(trace: Trace, config: AlarmsConfig) -> bool:
+    return trace.highest > 0 and trace.mean < config.fall * trace.highest
+
+
+def _surged(trace: Trace, config: AlarmsConfig) -> bool:
+    return trace.mean > config.surge * trace.lowest > 0
+
+
+def _at_once(config: AlarmsConfig) -> int:
+    del config
+    return 1
+
+
+_COLLAPSE = (
+    " fell from {highest:.3g} to {mean:.3g}, which may be a collapse; the best student so far is "
+    "kept under checkpoints/best"
+)
+TRENDS: dict[Name, Trend] = {
+    "reward_fall": Trend("reward", _fell, _at_once, "the reward" + _COLLAPSE),
+    "entropy_fall": Trend("entropy", _fell, _at_once, "the student's entropy" + _COLLAPSE),
+    "length_fall": Trend("length", _fell, _at_once, "the response length" + _COLLAPSE),
+    "length_surge": Trend(
+        "length",
+        _surged,
+        _at_once,
+        "the responses grew from {lowest:.3g} to {mean:.3g} tokens; see in samples.jsonl whether "
+        "they say more or only run on, and if so lower optimizer.learning_rate",
+    ),
+    "information": Trend(
+        "information",
+        lambda trace, config: trace.mean < 0,
+        lambda config: config.information_steps,
+        "the information has been below 0 for {steps} steps (mean {mean:.3g}): shown a right "
+        "answer, the teacher is less certain than the student without one. In runs that collapsed "
+        "this came around the best accuracy, before the fall: watch eval/avg@16, and if it no "
+        "longer rises end here (checkpoints/best) or lower optimizer.learning_rate",
+    ),
+}
+
+
+# ---- the watch -----------------------------------------------------------------------------------
 
 
 class Watch:
     """Finds what a user should hear of in a run's rows, and does not repeat itself much.
 
     A condition is told once it has held for its `patience` of rows in a row, then again each time
-    that number has doubled. A fall (of reward, entropy or length to under half of their best, both
-    smoothed over about ten rows) is told once.
+    that number has doubled. A trend is told once it has held for its `steps`, and again only after
+    it did not hold for a `window` of rows.
     """
 
-    def __init__(self) -> None:
-        self._held = dict.fromkeys(CONDITIONS, 0)
-        self._smooth: dict[str, float] = {}
-        self._best: dict[str, float] = {}
-        self._rows = 0
-        self._fallen: set[str] = set()
+    def __init__(
+        self, config: AlarmsConfig | None = None, state: Mapping[str, Any] | None = None
+    ) -> None:
+        """Starts to watch, or goes on where a watch was whose `state` was saved."""
+        self._config = config or AlarmsConfig()
+        state = state or {}
+        # Rows in a row in which it held; below 0: in which it did not.
+        self._held = dict.fromkeys((*CONDITIONS, *TRENDS), 0) | state.get("held", {})
+        self._traces = {name: Trace(*trace) for name, trace in state.get("traces", {}).items()}
+        self._told: set[str] = set(state.get("told", ()))
+        self._fired: list[str] = list(state.get("fired", ()))
 
-    def check(self, row: Row) -> list[str]:
-        """Returns the warnings for the next row of metrics (a row without `loss` is no step)."""
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps (JSON): a resumed run warns as if it had never stopped."""
+        return {
+            "held": dict(self._held),
+            "traces": {name: list(trace) for name, trace in self._traces.items()},
+            "told": sorted(self._told),
+            "fired": list(self._fired),
+        }
+
+    @property
+    def running_information(self) -> float | None:
+        """The running mean of H(student) - H(teacher), nats per response token."""
+        trace = self._traces.get("information")
+        return None if trace is None else trace.mean
+
+    def check(self, row: Row) -> list[Alarm]:
+        """Returns what fires at the next row of metrics (a row without `loss` is no step)."""
         if "loss" not in row:
             return []
-        self._rows += 1
-        warnings = []
+        fired = []
         for name, condition in CONDITIONS.items():
-            self._held[name] = self._held[name] + 1 if condition.holds(row) else 0
-            times, rest = divmod(self._held[name], condition.patience)
+            held = self._count(name, condition.holds(row))
+            times, rest = divmod(max(held, 0), condition.patience)
             if times and not rest and times & (times - 1) == 0:
-                steps = f" ({self._held[name]} steps in a row)" if self._held[name] > 1 else ""
-                warnings.append(condition.text + steps)
-        for name, called in FALLS.items():
-            value = row.get(name)
-            if not _is_finite(value):
+                steps = f" ({held} steps in a row)" if held > 1 else ""
+                fired.append(Alarm(name, condition.text + steps))
+        for name, value_of in TRACED.items():
+            if _is_finite(value := value_of(row)):
+                self._traces[name] = follow(self._traces.get(name), value, self._config.window)
+        for name, trend in TRENDS.items():
+            if (trace := self._traces.get(trend.traced)) is None:
                 continue
-            smooth = self._smooth.get(name, value)
-            self._smooth[name] = smooth = smooth + 0.1 * (value - smooth)
-            if self._rows >= 10:
-                self._best[name] = best = max(self._best.get(name, smooth), smooth)
-                if smooth < best / 2 and best > 0 and name not in self._fallen:
-                    self._fallen.add(name)
-                    warnings.append(
-                        f"{called} fell from {best:.3g} to {smooth:.3g}, which may be a collapse; "
-                        "the best student so far is kept under checkpoints/best"
-                    )
-        return warnings
+            held = self._count(name, trend.holds(trace, self._config))
+            if held <= -self._config.window:
+                self._told.discard(name)
+            if held >= trend.steps(self._config) and name not in self._told:
+                self._told.add(name)
+                text = trend.text.format(**trace._asdict(), steps=held)
+                fired.append(Alarm(name, text))
+        self._fired = [alarm.name for alarm in fired]
+        return fired
+
+    def end(self) -> End | None:
+        """Whether the newest row ends the run, and why."""
+        for name in self._fired:
+            if name in self._config.stop_on:
+                return End(0, f"the alarm {name} fired, which alarms.stop_on names")
+        broken, inactive = self._config.most_broken, self._config.most_inactive
+        held = self._held["not_finite"]
+        if held > 0 and held % broken == 0:  # whoever goes on gets as many tries again
+            return End(
+                1,
+                f"{held} updates in a row were skipped, because loss, information or gradient was "
+                f"not finite (alarms.most_broken = {broken}); lower optimizer.learning_rate, and "
+                "look at the newest rows of samples.jsonl",
+            )
+        held = self._held["inactive"]
+        if inactive is not None and held > 0 and held % inactive == 0:
+            return End(
+                1,
+                f"{held} updates in a row were skipped, because no response succeeded and there "
+                f"was no feedback (alarms.most_inactive = {inactive}); see in samples.jsonl "
+                "whether the answers have the form the verifier reads, else take easier questions, "
+                "a larger sampling.num_samples, or a warm start",
+            )
+        return None
+
+    def _count(self, name: Name, holds: bool) -> int:
+        before = self._held[name]
+        self._held[name] = max(before, 0) + 1 if holds else min(before, 0) - 1
+        return self._held[name]

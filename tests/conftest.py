@@ -24,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HOME"] = str(config.cache.mkdir("huggingface"))
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Where torch is absent, the first import of transformers says so on stderr, in whichever test.
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     # In the environment too, for the commands that tests start as processes of their own.
     compilations = str(config.cache.mkdir("jax"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compilations

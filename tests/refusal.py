@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pgpo_jax import convert, evaluate, plan, train
+from pgpo_jax import convert, evaluate, plan, report, train
 from pgpo_jax.errors import command
 
 ARCHITECTURE = {
@@ -38,6 +38,7 @@ COMMANDS = {
     "evaluate": evaluate.main,
     "convert": convert.main,
     "plan": plan.main,
+    "report": report.main,
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from refusal import ARCHITECTURE, assert_line, table, write_config
 
-from pgpo_jax import tasks
+from pgpo_jax import rows, tasks
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,6 +97,15 @@ ROOT = Path(__file__).parent.parent
             "distillation.kind: got 'kl'; must be one of forward_kl, reverse_kl, jsd, sampled",
         ),
         "out of range": ("seed: -1", "seed: got -1; must be at least 0"),
+        "no such alarm": (
+            "alarms: {stop_on: [information, collapse]}",
+            "alarms.stop_on[1]: got 'collapse'; must be one of not_finite, inactive, flat, "
+            "cut_off, reward_fall, entropy_fall, length_fall, length_surge, information",
+        ),
+        "no broken update allowed": (
+            "alarms: {most_broken: 0}",
+            "alarms.most_broken: got 0; must be at least 1",
+        ),
         "another key of the architecture": (
             "model: {architecture: {model_type: qwen3, layers: 2}}",
             "architecture: got ['layers']; must be among ...",
@@ -204,8 +213,13 @@ def test_a_bad_command_line_is_refused(given, expected, refused):
             "data.max_prompt_length: question '...' ('...') has 12 tokens, must be at most 11; "
             "raise the limit or drop it",
         ),
+        "a teacher's prompt shorter than a question may be": (
+            {"reprompt": {"max_length": 18}},
+            "reprompt.max_length: got 18; must be at least data.max_prompt_length = 19, for the "
+            "teacher's prompt holds the question and more",
+        ),
         "no room for a demonstration": (
-            {"reprompt": {"max_length": 13}},
+            {"data": {"max_prompt_length": 12}, "reprompt": {"max_length": 13}},
             "reprompt.max_length: question '...' ('...') has 13 tokens, must be at most 12; "
             "raise the limit or drop it",
         ),
@@ -261,6 +275,10 @@ def write_dataset(content: str | bytes = with_row(**QUESTIONS[0]), **task) -> st
         "broken JSON": (
             with_row(**QUESTIONS[0]).replace('{"prompt"', '{"prompt', 3),
             "task.path: questions.jsonl:1: got ... (column ...); must be one JSON object",
+        ),
+        "broken JSON further down": (
+            with_row(prompt="1", answer="2").replace('"2"', "2'", 1),
+            "task.path: questions.jsonl:3: got ... (column ...); must be one JSON object",
         ),
         "a row that is a list": (
             "[1]",
@@ -383,6 +401,24 @@ def test_a_bad_task_is_refused(given, expected, refused):
     refused(expected, "train", write_dataset(**given))
 
 
+def test_a_data_set_of_which_no_row_is_left_is_refused(refused, monkeypatch):
+    import datasets
+
+    question = {"details": {"level": "L3"}, "type": "mcq-4-choices", "domain": "Physics"}
+    Path("hub").mkdir()
+    Path("hub/test.jsonl").write_text(json.dumps(question))
+    monkeypatch.setattr(rows, "SCIKNOWEVAL", "hub")  # stands for the hub, which tests cannot reach
+    datasets.disable_progress_bars()  # they go to stderr
+    try:
+        refused(
+            "task.domain: got 'chemistry'; hub has no such questions",
+            "train",
+            write_config(task={"name": "sciknoweval", "domain": "chemistry"}),
+        )
+    finally:
+        datasets.enable_progress_bars()
+
+
 # ---- rewards -------------------------------------------------------------------------------------
 
 RULE = "must return one number in [0, 1] a completion, or (number, feedback), or a dict of both"
@@ -431,6 +467,10 @@ RULE = "must return one number in [0, 1] a completion, or (number, feedback), or
         "returns NaN": (
             "def reward(prompts, **columns):\n    return [float('nan')] * 8",
             f"task.reward: own_rewards:reward returned nan for a completion; {RULE}",
+        ),
+        "returns infinity": (
+            "def reward(prompts, **columns):\n    return [float('inf')] * 8",
+            f"task.reward: own_rewards:reward returned inf for a completion; {RULE}",
         ),
         "returns more than 1": (
             "def reward(prompts, **columns):\n    return [1.5] * 8",

@@ -7,7 +7,7 @@ import pytest
 from pgpo_jax import config, fields
 from pgpo_jax.errors import InputError
 
-CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.yaml"))
+CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/**/*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

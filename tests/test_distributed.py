@@ -68,6 +68,12 @@ def write(tmp_path):
     return write
 
 
+def divergences(tmp_path, name):
+    """By step, question and response: what the first process wrote of its own rows."""
+    rows = map(json.loads, (tmp_path / name / "samples.jsonl").read_text().splitlines())
+    return {(row["step"], row["key"], row["response"]): row["divergence"] for row in rows}
+
+
 def metrics(tmp_path, name):
     lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
     return [without_time(json.loads(line)) for line in lines]
@@ -82,6 +88,11 @@ def test_two_and_four_processes_give_the_losses_of_one(write, tmp_path):
     for count in (2, 4):
         for row, expected in zip(metrics(tmp_path, f"processes-{count}"), single, strict=True):
             assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        everything = divergences(tmp_path, "processes-1")
+        mine = divergences(tmp_path, f"processes-{count}")
+        assert mine
+        for place, values in mine.items():
+            assert values == pytest.approx(everything[place], abs=2e-4)  # they are rounded
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pgpo_jax.evaluate import Answered, scores, verify
+from pgpo_jax.evaluate import Answered, question_rewards, scores, verify
 from pgpo_jax.tasks import Question, Task
 from pgpo_jax.verifiers import Outcome
 
@@ -25,6 +25,11 @@ def test_avg_and_pass_at_k_are_means_over_questions():
     assert values["pass@4"] == pytest.approx(2 / 3)
     assert values["format"] == 1
     assert values["response_length"] == 3
+
+
+def test_the_rewards_of_the_questions_keep_their_order():
+    rewards = question_rewards(answered([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]), 3)
+    assert rewards == [0.5, 0.0, 1.0]
 
 
 def test_the_interval_is_clustered_by_question():

@@ -507,8 +507,12 @@ def test_a_field_that_may_not_change_is_named_with_both_values(
     shutil.copytree(whole, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert code(train.main, write(tmp_path, "run", **changes)) == 2
+    line += " (--checkpoint.accept_changes true goes on all the same)"
     assert capsys.readouterr().err == f"error: {line.format(run=run)}\n"
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    changes["checkpoint"] = {**RUN["checkpoint"], "accept_changes": True}
+    assert code(train.main, write(tmp_path, "run", steps=6, **changes)) == 0
+    assert f"{line.partition(':')[0]} " in capsys.readouterr().out
 
 
 def test_a_field_that_may_change_does_and_this_is_said(tmp_path, whole, capsys):

@@ -35,12 +35,13 @@ def test_a_row_is_on_disk_at_once_with_its_step(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, jnp.float32(math.nan)])
-def test_what_is_not_finite_is_null_and_warned_about(tmp_path, capsys, value):
-    with Writer(tmp_path, total_steps=2) as writer:
-        warnings = writer.write(1, {"loss": 0.5, "information": value})
+def test_what_is_not_finite_is_null_and_warnings_follow_their_row(tmp_path, capsys, value):
+    with Writer(tmp_path, EVERY_LINE, total_steps=2) as writer:
+        writer.write(1, {"loss": 0.5, "information": value}, ["not finite", "flat"])
     assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "information": None}]
-    assert len(warnings) == 1
-    assert "warning: step 1: loss, information or gradient is not finite" in capsys.readouterr().out
+    row, *warnings = capsys.readouterr().out.splitlines()
+    assert row.startswith("train 1/2: loss 0.5")
+    assert warnings == ["warning: step 1: not finite", "warning: step 1: flat"]
 
 
 def test_a_resumed_run_drops_later_rows_and_appends(tmp_path):
@@ -48,11 +49,17 @@ def test_a_resumed_run_drops_later_rows_and_appends(tmp_path):
         for step in (1, 2, 3):
             writer.write(step, {"loss": float(step)})
             writer.samples(step, [sample("a"), sample("b")])
+            writer.evaluation(step, [0.25, step / 4])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed in the middle of a line
     with Writer(tmp_path, total_steps=4, resume_from=2) as writer:
         writer.write(3, {"loss": 30.0})
         writer.samples(3, [sample("c")])
+        writer.evaluation(4, [1.0, 0.0])
+    asked = read(tmp_path / "evaluations.jsonl")
+    assert [(row["step"], row["rewards"]) for row in asked] == [
+        (1, [0.25, 0.25]), (2, [0.25, 0.5]), (4, [1.0, 0.0]),
+    ]  # fmt: skip
     rows = read(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     rows = read(tmp_path / "samples.jsonl")
@@ -88,6 +95,20 @@ def test_samples_are_of_different_questions_first(tmp_path):
     assert rows[0] == {"step": 1, **sample("a", 0.0)}
 
 
+def test_more_is_asked_for_those_samples_that_are_written(tmp_path):
+    asked = []
+
+    def more(number):
+        asked.append(number)
+        return {"tokens": [str(number)]}
+
+    with Writer(tmp_path, MetricsConfig(samples_per_step=2), total_steps=1) as writer:
+        writer.samples(1, [sample("a"), sample("a"), sample("b")], more)
+    rows = read(tmp_path / "samples.jsonl")
+    assert [(row["prompt"], row["tokens"]) for row in rows] == [("a", ["0"]), ("b", ["2"])]
+    assert asked == [0, 2]
+
+
 def test_any_text_can_be_a_sample(tmp_path):
     text = 'quote " newline \n line separator \u2028 Greek \u03c1 lone surrogate \ud800'
     with Writer(tmp_path, total_steps=1) as writer:
@@ -99,7 +120,7 @@ def test_any_text_can_be_a_sample(tmp_path):
 def test_an_inactive_writer_writes_and_says_nothing(tmp_path, capsys):
     folder = tmp_path / "other_host"
     with Writer(folder, total_steps=1, active=False) as writer:
-        assert writer.write(1, {"loss": math.nan}) == []
+        writer.write(1, {"loss": math.nan}, ["not finite"])
         writer.samples(1, [sample("a")])
         writer.progress("train", 1, 1)
         writer.table("title", [{"question": "a"}])

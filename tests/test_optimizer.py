@@ -1,4 +1,6 @@
-"""Contract of `scale_by_information`, over the wrappers that optax users put around it."""
+"""Contract of `scale_by_information` and its relatives, and of the wrappers around them."""
+
+import json
 
 import chex
 import jax
@@ -12,8 +14,16 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pgpo_jax import OptimizerConfig, make_optimizer, scale_by_information
+from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.errors import InputError
-from pgpo_jax.optimizer import information_state, learning_rate
+from pgpo_jax.optimizer import (
+    information_state,
+    learning_rate,
+    read_multipliers,
+    scale_by_relative_information,
+    scale_by_sequence,
+)
+from pgpo_jax.step import abstract_train_state, init_train_state
 
 PARAMS = {"a": jnp.linspace(-1.0, 1.0, 8), "b": {"c": jnp.ones((2, 3), jnp.bfloat16)}}
 GRADS = jax.tree.map(lambda p: (p * 3 + 0.5).astype(p.dtype), PARAMS)
@@ -116,6 +126,156 @@ def test_alpha_may_be_a_schedule_of_the_update_count():
         seen.append(float(state.multiplier))
     np.testing.assert_allclose(seen, np.exp([0.0, 0.25, 0.5]), rtol=1e-6)
     assert state.count == 3
+
+
+def multipliers(optimizer, informations):
+    """The multiplier of each of a row of jitted updates."""
+    step = jax.jit(lambda state, i: optimizer.update(GRADS, state, PARAMS, information=i)[1])
+    state, seen = jax.jit(optimizer.init)(PARAMS), []
+    for information in informations:
+        state = step(state, information)
+        seen.append(float(information_state(state).multiplier))
+    assert step._cache_size() == 1
+    return np.array(seen)
+
+
+def test_alpha_goes_linearly_to_its_end_and_stays_there():
+    config = OptimizerConfig(2.0, alpha_schedule="linear", alpha_end=-1.0, alpha_steps=3)
+    seen = multipliers(make_optimizer(config), [0.2] * 5)
+    np.testing.assert_allclose(seen, np.exp(0.2 * np.array([2, 1, 0, -1, -1])), rtol=1e-6)
+
+
+def test_the_relative_multiplier_is_rho_over_its_bias_corrected_mean():
+    transform = scale_by_relative_information(1.0, rho_max=4.0, decay=0.5)
+    rho = np.array([2.0, 4.0, 1.0])
+    mean = np.array([2.0, (2 + 2 * 4) / 3, (2 + 2 * 4 + 4 * 1) / 7])  # weights 1, 2, 4
+    seen = multipliers(transform, np.log([2.0, 9.0, 1.0]))  # 9 is cut to 4
+    np.testing.assert_allclose(seen, rho / mean, rtol=1e-6)
+    updates, _ = transform.update(GRADS, transform.init(PARAMS), information=0.7)
+    chex.assert_trees_all_equal(updates, GRADS)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("information", [0.7, -0.3, np.inf])
+def test_a_constant_information_leaves_the_relative_step_exactly_alone(decay, information):
+    transform = scale_by_relative_information(1.5, decay=decay)
+    assert (multipliers(transform, [information] * 30) == 1.0).all()
+
+
+def test_the_relative_multiplier_keeps_a_mean_of_1_where_rho_wanders():
+    noise = np.random.default_rng(0).normal(0.3, 0.15, 400)
+    seen = multipliers(scale_by_relative_information(1.0, decay=0.95), noise)
+    assert abs(seen.mean() - 1.0) < 0.01
+    assert 0.1 < seen.std() < 0.2
+    assert multipliers(scale_by_information(1.0), noise).mean() > 1.3
+
+
+@pytest.mark.parametrize("informations", [[-np.inf, -np.inf], [0.0, np.nan]])
+def test_no_mean_gives_a_multiplier_of_1_and_nan_stays_nan(informations):
+    last = multipliers(scale_by_relative_information(1.0), informations)[-1]
+    assert np.isnan(last) if np.isnan(informations[-1]) else last == 1.0
+
+
+@pytest.mark.parametrize("wrong", [{}, {"information": jnp.ones(8)}])
+def test_the_relative_multiplier_has_the_errors_of_the_other(wrong):
+    transform = scale_by_relative_information(1.0)
+    with pytest.raises((TypeError, ValueError), match="information"):
+        transform.update(PARAMS, transform.init(PARAMS), **wrong)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha_schedule": "linear", "alpha_end": 0.0},
+        {"multiplier": "relative"},
+        {"multiplier": "replayed"},
+    ],
+    ids=str,
+)
+def test_alpha_zero_or_a_replay_of_ones_is_bitwise_the_chain_without_them(settings, tmp_path):
+    if settings.get("multiplier") == "replayed":
+        (tmp_path / "ones.json").write_text("[1.0]")
+        settings = {**settings, "replay": str(tmp_path / "ones.json")}
+    config = OptimizerConfig(alpha=0.0, learning_rate=1e-2, warmup_steps=2, **settings)
+    plain = OptimizerConfig(alpha=0.0, learning_rate=1e-2, warmup_steps=2)
+    ours, _, _ = run(make_optimizer(config), 0.7)
+    theirs, _, _ = run(make_optimizer(plain), 0.7)
+    chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_a_sequence_is_applied_in_order_whatever_the_information_and_begins_again():
+    seen = multipliers(scale_by_sequence([0.5, 2.0, 1.0]), [9.0, np.nan, -9.0, 0.0])
+    assert seen.tolist() == [0.5, 2.0, 1.0, 0.5]
+
+
+def test_replay_reads_the_multipliers_of_a_runs_updates_and_shuffles_them_by_its_seed(tmp_path):
+    rows = [{"step": 0, "eval/avg@16": 0.2}]
+    rows += [{"step": k, "multiplier": 1 + k / 8, "skipped": float(k == 3)} for k in range(1, 7)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = [1.125, 1.25, 1.5, 1.625, 1.75]  # the skipped update changed nothing
+    assert read_multipliers(str(path)) == expected
+
+    def replayed(seed, count=5):
+        config = OptimizerConfig(multiplier="replayed", replay=str(path), replay_seed=seed)
+        return multipliers(make_optimizer(config), [0.0] * count).tolist()
+
+    assert replayed(None, 7) == [*expected, 1.125, 1.25]
+    assert replayed(0) == replayed(0)
+    assert sorted(replayed(0)) == expected
+    assert replayed(0) != expected
+    assert replayed(1) != replayed(0)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("none.json", None),
+        ("broken.json", "[1, "),
+        ("empty.json", "[]"),
+        ("object.json", '{"multiplier": 1}'),
+        ("text.json", '["1"]'),
+        ("negative.json", "[-1]"),
+        ("infinite.json", "[Infinity]"),
+        ("no_update.jsonl", '{"step": 0}\n'),
+        ("lists.jsonl", "[1]\n"),
+        ("null.jsonl", '{"step": 1, "skipped": 0.0, "multiplier": null}\n'),
+        ("other.jsonl", '{"step": 1, "skipped": 0.0}\n'),
+    ],
+)
+def test_a_replay_that_cannot_be_is_one_line(name, text, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    config = OptimizerConfig(multiplier="replayed", replay=str(tmp_path / name))
+    with pytest.raises(InputError, match=rf"optimizer\.replay: .*{name}") as error:
+        make_optimizer(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{"multiplier": "relative"}, {"multiplier": "replayed"}])
+def test_a_restored_optimizer_goes_on_bitwise(settings, tmp_path):
+    if settings["multiplier"] == "replayed":
+        (tmp_path / "rho.json").write_text("[0.5, 2.0, 1.0, 1.5]")
+        settings = {**settings, "replay": str(tmp_path / "rho.json")}
+    optimizer = make_optimizer(OptimizerConfig(1.0, learning_rate=1e-2, **settings))
+    one = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    params = jax.device_put({"w": jnp.linspace(-1.0, 1.0, 8)}, NamedSharding(one, PartitionSpec()))
+
+    @jax.jit
+    def step(state, information):
+        updates, opt_state = optimizer.update(
+            state.student, state.opt_state, state.student, information=information
+        )
+        return state._replace(
+            student=optax.apply_updates(state.student, updates), opt_state=opt_state
+        )
+
+    state = step(step(init_train_state(params, optimizer), 0.3), 0.1)
+    with Checkpoints(str(tmp_path / "run")) as checkpoints:
+        checkpoints.save(2, state)
+        restored, _ = checkpoints.restore(abstract_train_state(params, optimizer))
+    chex.assert_trees_all_equal(step(restored, 0.2), step(state, 0.2))
+    assert information_state(restored.opt_state).count == 2
 
 
 def test_masked_scales_only_what_the_mask_selects():
@@ -235,6 +395,14 @@ def test_first_update_of_the_warm_up_is_zero_and_the_multiplier_can_be_read():
         ("rho_min", 3.0),
         ("learning_rate", 0.0),
         ("alpha", float("nan")),
+        ("alpha_end", float("inf")),
+        ("alpha_steps", 0),
+        ("alpha_schedule", "cosine"),
+        ("multiplier", "adaptive"),
+        ("multiplier", "replayed"),
+        ("replay", "metrics.jsonl"),
+        ("replay_seed", -1),
+        ("mean_decay", 1.0),
     ],
 )
 def test_bad_settings_name_the_field(field, value):

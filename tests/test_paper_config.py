@@ -36,7 +36,7 @@ def test_its_settings_are_the_papers():
     assert (c.sampling.temperature, c.sampling.top_p, c.sampling.top_k) == (1.0, 1.0, None)
     assert (c.distillation.kind, c.distillation.jsd_weight) == ("jsd", 0.5)
     assert (c.distillation.top_k, c.distillation.tail) == (100, True)
-    assert (c.distillation.ema_rate, c.distillation.importance_cap) == (0.05, 2.0)
+    assert (c.teacher.ema_rate, c.distillation.importance_cap) == (0.05, 2.0)
     assert c.distillation.aggregation == "sequence_mean"
     optimizer = c.optimizer
     assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.9, 0.999, 1e-8)

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -123,6 +124,28 @@ def test_a_crash_of_the_mathematics_process_is_a_counted_reward_of_0_and_the_nex
     assert verifiers.math(r"\boxed{1+1}", "2").reward == 1
 
 
+@needs_math
+def test_memory_that_runs_out_in_mathematics_is_a_counted_reward_of_0_and_the_next_works():
+    assert verifiers.math(r"\boxed{1+1}", "2").reward == 1
+    process = verifiers._worker._process
+    assert process is not None
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    used = 1024 * int(status.split("VmSize:")[1].split()[0])
+    limit = used + 4 * 2**20
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
+    # A number of 6 MB; nothing of it is in the caches of math-verify.
+    outcome = verifiers.math(r"\boxed{3^{3 \cdot 10^7}}", "7", time_limit=60)
+    assert outcome == (0.0, verifiers.WRONG, True, True)
+    process.wait(timeout=60)
+    assert process.returncode == 0  # it ended by itself, for the next to start afresh
+    assert verifiers.math(r"\boxed{1+2}", "3").reward == 1
+
+
+@needs_math
+def test_a_wrong_answer_within_the_memory_limit_is_not_counted_as_failed():
+    assert verifiers.math(r"\boxed{\sqrt{2}}", "7") == (0.0, verifiers.WRONG, True, False)
+
+
 @pytest.mark.parametrize(
     ("attempt", "refusal"),
     [
@@ -196,21 +219,25 @@ def test_nor_do_those_of_an_error(capsys):
 # ---- paths ---------------------------------------------------------------------------------------
 
 
-def test_a_column_of_images_is_not_opened(tmp_path):
+@pytest.mark.parametrize("kind", ["Image", "Audio"])
+def test_a_column_of_images_or_sounds_is_not_opened(kind, tmp_path):
+    import datasets
     import pyarrow
     import pyarrow.parquet
-    from datasets import Features, Image, Value
 
-    features = Features({"prompt": Value("string"), "answer": Value("string"), "picture": Image()})
-    picture = {"bytes": None, "path": str(tmp_path / "no-such-picture.png")}
-    row = {"prompt": "1+1", "answer": "2", "picture": picture}
+    text = datasets.Value("string")
+    features = datasets.Features(
+        {"prompt": text, "answer": text, "column": getattr(datasets, kind)()}
+    )
+    content = {"bytes": None, "path": str(tmp_path / "no-such-file")}
+    row = {"prompt": "1+1", "answer": "2", "column": content}
     table = pyarrow.Table.from_pylist([row], schema=features.arrow_schema)
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
     config = tasks.TaskConfig(
         name="dataset", path=str(tmp_path), verifier="exact", test_fraction=0.0
     )
     (question,) = tasks.load(config).train
-    assert question.columns["picture"] == picture
+    assert question.columns["column"] == content
 
 
 def test_a_name_in_a_wheel_cannot_leave_its_folder(tmp_path, capsys):

@@ -4,13 +4,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from pgpo_jax import information, losses, model, sharding
-from pgpo_jax.data import Batch
+from pgpo_jax import information, losses, model, objectives, sharding
+from pgpo_jax.data import Batch, Evidence
 from pgpo_jax.losses import DistillationConfig
+from pgpo_jax.objectives import ObjectiveConfig
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
 from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
+from pgpo_jax.teacher import TeacherConfig
 
 ARCHITECTURE = {
     "model_type": "qwen3",
@@ -23,7 +26,7 @@ ARCHITECTURE = {
     "head_dim": 8,
     "tie_word_embeddings": True,
 }
-ROWS, PROMPT, TEACHER_PROMPT, TIME = 8, 5, 9, 6
+ROWS, SAMPLES, PROMPT, TEACHER_PROMPT, TIME = 8, 4, 5, 9, 6
 
 
 def make_batch(seed=0, has_context=None) -> Batch:
@@ -45,7 +48,15 @@ def make_batch(seed=0, has_context=None) -> Batch:
 
 
 def setup(
-    mesh=(1, 1, 1), micro_batches=1, alpha=1.0, learning_rate=1e-2, distillation=None, **options
+    mesh=(1, 1, 1),
+    micro_batches=1,
+    alpha=1.0,
+    learning_rate=1e-2,
+    distillation=None,
+    objective=None,
+    teacher_config=None,
+    per_token=False,
+    **options,
 ):
     mesh = sharding.make_mesh(sharding.MeshConfig(*mesh))
     config = model.ModelConfig.from_hf(ARCHITECTURE)
@@ -65,9 +76,12 @@ def setup(
         optimizer,
         distillation or DistillationConfig(top_k=None, chunk_size=8),
         shardings,
+        objective=objective or ObjectiveConfig(),
+        teacher_config=teacher_config or TeacherConfig(),
         micro_batches=micro_batches,
         vocab_size=22,
         estimators=("conditional_kl",),
+        per_token=per_token,
     )
     return graphdef, step, init_train_state(params, optimizer), mesh
 
@@ -121,6 +135,35 @@ def test_loss_and_information_are_those_of_the_definitions():
     np.testing.assert_allclose(measured["information"], gap, atol=1e-6)
 
 
+@pytest.mark.parametrize(("mesh", "micro_batches"), [((1, 1, 1), 1), ((2, 2, 1), 2)])
+def test_the_divergence_of_every_token_stands_in_its_row(mesh, micro_batches):
+    options = {"mesh": mesh, "micro_batches": micro_batches}
+    graphdef, plain_step, plain, mesh = setup(**options)
+    _, step, state, _ = setup(per_token=True, **options)
+    batch = BATCHES[0]
+    params = jax.device_get(state.student)
+    student, teacher = (
+        model.nnx.merge(graphdef, jax.device_put(params))(
+            np.concatenate([prompts, batch.responses], 1),
+            np.concatenate([prompt_mask, batch.response_mask], 1),
+        )[:, prompts.shape[1] - 1 : -1, :22]
+        for prompts, prompt_mask in (
+            (batch.prompts, batch.prompt_mask),
+            (batch.teacher_prompts, batch.teacher_prompt_mask),
+        )
+    )
+    expected = losses.divergence(student, teacher)
+    state, measured = step(state, sharding.to_global(batch, mesh))
+    rows = sharding.to_host(measured.pop("token_divergence"))
+    np.testing.assert_allclose(
+        rows[batch.response_mask], expected[batch.response_mask], rtol=1e-4, atol=1e-6
+    )
+    # It costs the others nothing: not a bit of them changes.
+    plain, without = plain_step(plain, sharding.to_global(batch, mesh))
+    chex.assert_trees_all_equal(jax.device_get(measured), jax.device_get(without))
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(plain))
+
+
 def test_micro_batches_change_nothing(single):
     whole, expected = single
     state, measured = run(BATCHES, micro_batches=4)
@@ -147,7 +190,9 @@ def test_rematerialisation_changes_nothing(remat):
 
 
 def test_teacher_starts_as_a_copy_and_moves_by_ema_rate_towards_the_student():
-    _, step, state, mesh = setup(distillation=DistillationConfig(ema_rate=0.25, chunk_size=8))
+    _, step, state, mesh = setup(
+        distillation=DistillationConfig(chunk_size=8), teacher_config=TeacherConfig(ema_rate=0.25)
+    )
     chex.assert_trees_all_equal(state.student, state.teacher)
     for student, teacher in zip(*map(jax.tree.leaves, (state.student, state.teacher)), strict=True):
         assert student.unsafe_buffer_pointer() != teacher.unsafe_buffer_pointer()
@@ -181,6 +226,73 @@ def test_padding_tokens_do_not_matter():
     assert all(np.isfinite(value) for value in measured.values())
 
 
+def with_rewards(batch: Batch, seed=0) -> Batch:
+    rng = np.random.default_rng(seed)
+
+    def left(width):
+        tokens = rng.integers(0, 20, (ROWS, width), np.int32)
+        return tokens, np.arange(width)[None, :] >= rng.integers(0, width, (ROWS, 1))
+
+    has_wrong = np.repeat([True, False], SAMPLES)
+    return batch._replace(
+        judged=objectives.judge([[1, 0, 0, 1], [0, 1, 0, 0]]),
+        evidence=Evidence(*left(PROMPT + 1), *left(PROMPT + 2), has_wrong),
+    )
+
+
+REWARDED = [with_rewards(batch, seed) for seed, batch in enumerate(BATCHES)]
+# Everything at once: both terms, evidence, weights of questions and tokens, a mixed teacher.
+EVERYTHING = {
+    "objective": ObjectiveConfig(
+        distillation=0.5,
+        distillation_end=0.0,
+        policy=0.5,
+        advantage="contrast",
+        question_weight="spread",
+        token_weight="information",
+    ),
+    "teacher_config": TeacherConfig("trust_region", mix=0.25),
+}
+
+
+def test_a_rival_objective_does_not_depend_on_devices_or_micro_batches():
+    expected, measured = run(REWARDED, **EVERYTHING)
+    state, on_mesh = run(REWARDED, mesh=(2, 2, 2), micro_batches=2, **EVERYTHING)
+    chex.assert_trees_all_close(state, expected, rtol=1e-4, atol=1e-6)
+    for name, value in measured.items():
+        np.testing.assert_allclose(on_mesh[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_grpo_is_the_policy_gradient_of_its_definition():
+    objective = ObjectiveConfig(distillation=0.0, policy=1.0)
+    graphdef, step, state, mesh = setup(objective=objective)
+    batch = REWARDED[0]
+    advantages = batch.judged.advantages
+
+    def loss(student):
+        net = model.nnx.merge(graphdef, student)
+        tokens = jnp.concatenate([batch.prompts, batch.responses], 1)
+        mask = jnp.concatenate([batch.prompt_mask, batch.response_mask], 1)
+        log_p = jax.nn.log_softmax(net(tokens, mask)[:, PROMPT - 1 : -1, :22])
+        log_p = information.at_tokens(log_p, batch.responses)
+        terms = objectives.surrogate(log_p, batch.sampler_log_probs, advantages[:, None])
+        return losses.aggregate(terms, batch.response_mask, jnp.ones(ROWS, bool))
+
+    value, gradient = jax.value_and_grad(loss)(state.student)
+    norm = optax.tree.norm(gradient)
+    _, measured = step(state, sharding.to_global(batch, mesh))
+    np.testing.assert_allclose(measured["loss"], value, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(measured["grad_norm"], norm, rtol=1e-4)
+
+
+def test_grpo_skips_a_batch_in_which_every_group_has_one_reward():
+    _, step, state, mesh = setup(objective=ObjectiveConfig(distillation=0.0, policy=1.0))
+    same = REWARDED[0]._replace(judged=objectives.judge([[0.0] * SAMPLES, [1.0] * SAMPLES]))
+    _, measured = step(state, sharding.to_global(same, mesh))
+    assert measured["skipped"] == 1
+    assert measured["loss"] == 0
+
+
 def test_a_batch_without_any_context_leaves_everything_as_it_was():
     _, step, state, mesh = setup()
     state, _ = step(state, sharding.to_global(BATCHES[0], mesh))  # Adam has momentum now
@@ -203,6 +315,54 @@ def test_a_gradient_that_is_not_finite_skips_the_update():
     assert measured["skipped"] == 1
     assert measured["finite"] == 0
     chex.assert_trees_all_equal(jax.device_get(state.student), before.student)
+
+
+def test_a_sampler_that_gave_no_number_skips_the_update():
+    _, step, state, mesh = setup()
+    before = jax.device_get(state)
+    batch = BATCHES[0]
+    broken = batch._replace(sampler_log_probs=np.full((ROWS, TIME), np.nan, np.float32))
+    state, measured = step(state, sharding.to_global(broken, mesh))
+    after = jax.device_get(state)
+    assert (measured["finite"], measured["skipped"]) == (0, 1)
+    chex.assert_trees_all_equal(after._replace(step=0), before._replace(step=0))
+
+
+ROW = np.arange(ROWS)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "skipped"),
+    [
+        ({"has_context": np.full(ROWS, True)}, 0),
+        ({"response_mask": np.full((ROWS, TIME), True)}, 0),
+        ({"response_mask": (ROW % 2 == 0) & (np.arange(TIME) < 3)}, 0),
+        ({"response_mask": np.full((ROWS, TIME), False)}, 1),
+        ({"sampler_log_probs": np.full((ROWS, TIME), -np.inf, np.float32)}, 0),
+    ],
+    ids=[
+        "all succeeded",
+        "all cut off",
+        "every other is empty",
+        "all are empty",
+        "the sampler's log-probs are infinite",
+    ],
+)
+def test_odd_batches_give_finite_numbers(change, skipped):
+    _, step, state, mesh = setup()
+    state, _ = step(state, sharding.to_global(BATCHES[0], mesh))  # Adam has momentum now
+    before = jax.device_get(state)
+    batch = BATCHES[1]._replace(has_context=ROW[:, 0] < 6)._replace(**change)
+    state, measured = step(state, sharding.to_global(batch, mesh))
+    after = jax.device_get(state)
+    unknown = {"sampler_mismatch"} if "sampler_log_probs" in change else set()
+    finite = {name: np.isfinite(value) for name, value in measured.items() if name not in unknown}
+    assert all(finite.values()), finite
+    assert (measured["finite"], measured["skipped"]) == (1, skipped)
+    chex.assert_tree_all_finite((after.student, after.teacher, after.opt_state))
+    pairs = zip(*map(jax.tree.leaves, (after.student, before.student)), strict=True)
+    moved = any(np.any(a != b) for a, b in pairs)
+    assert moved != bool(skipped)
 
 
 def test_alpha_scales_the_update_and_nothing_else():

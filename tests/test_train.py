@@ -93,11 +93,27 @@ def test_a_run_leaves_the_files_and_metrics_that_scripts_rely_on(write, tmp_path
     assert steps[3]["compilations"] == steps[2]["compilations"]  # nothing new in the last step
     samples = rows(folder / "samples.jsonl")
     assert {"prompt", "response", "reward", "teacher_prompt", "step"} <= set(samples[0])
+    for step in steps:  # all responses are written, so that the metric is that of the samples
+        mine = [row for row in samples if row["step"] == step["step"] and row["has_context"]]
+        average = np.mean([np.mean(row["divergence"]) for row in mine])
+        assert average == pytest.approx(step["divergence"], abs=1e-4)  # they are rounded
+    for row in samples:
+        assert len(row["tokens"]) == len(row["divergence"]) <= 7
+        shown = [token for token in row["tokens"] if not token.startswith("<")]
+        assert "".join(shown) == row["response"]
     assert config.load(str(folder / "config.yaml")).sampling.num_samples == 2
     screen = capsys.readouterr().out
     assert "pre-flight" in screen
     assert "held-out answers at step 4" in screen
     assert "done at step 4" in screen
+
+
+def test_without_samples_no_token_is_measured(write, tmp_path):
+    arguments = (write(steps=1, evaluation={"every": 0}), "--metrics.samples_per_step", "0")
+    assert code(train.main, *arguments) == 0
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == ""
+    (row,) = rows(tmp_path / "run" / "metrics.jsonl")
+    assert "token_divergence" not in row
 
 
 def test_a_resumed_run_is_the_run_without_an_interruption(write, tmp_path):

@@ -1,0 +1,333 @@
+"""What a response adds to the loss: rival methods as independent choices of one objective.
+
+The loss of a token is `distillation * divergence from the teacher + policy * clipped surrogate`.
+Which rows get which term (`ROUTES`), what a token's advantage is (`ADVANTAGES`), and how questions
+and tokens are weighted (`QUESTION_WEIGHTS`, `TOKEN_WEIGHTS`) are dicts of small pure functions.
+Methods are files in `configs/rivals/`; SDPO is the default. The teacher's refresh rule
+(`teacher.py`) and the multiplier (`optimizer.py`) are the other two choices.
+
+Sources: GRPO (Shao et al., arXiv 2402.03300), CEPO (2605.19436), RLSD (2604.03128), TGPO
+(2605.13230), SRPO (2604.02288), SC-SDPO (2605.27765).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+
+from pgpo_jax.errors import require
+
+Either = Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Which loss the student minimises; the defaults are SDPO."""
+
+    distillation: float = 1.0
+    """Coefficient of the divergence from the teacher; 0 turns it off (the teacher is still run, for
+    the information)."""
+    distillation_end: float | None = None
+    """What that coefficient becomes, linearly, over `distillation_steps`; null keeps it."""
+    distillation_steps: int = 200
+    """Steps in which the coefficient reaches `distillation_end`."""
+    policy: float = 0.0
+    """Coefficient of the clipped policy gradient with advantages relative to the group (GRPO)."""
+    scale_advantage: bool = True
+    """Divide advantages by the group's standard deviation (GRPO); false does not (Dr. GRPO)."""
+    clip_low: float = 0.2
+    """The ratio to the sampler's probability is clipped below at 1 - clip_low."""
+    clip_high: float = 0.28
+    """The ratio is clipped above at 1 + clip_high."""
+    advantage: Literal["group", "contrast", "evidence", "choice"] = "group"
+    """A token's advantage: `group` is the response's own (GRPO); `contrast` weighs it by what the
+    right answer in the prompt makes likelier than a wrong one does (CEPO), `evidence` by what it
+    makes likelier than the student has it (RLSD); `choice` adds the student's probability of the
+    teacher's first choice (TGPO, adv)."""
+    advantage_weight: float = 0.5
+    """How much of `contrast`, `evidence` or `choice` there is at the first step."""
+    advantage_weight_end: float = 0.0
+    """How much after `advantage_steps`, reached linearly."""
+    advantage_steps: int = 25
+    """Steps in which the weight reaches its end; 0 keeps the first."""
+    evidence_clip: float = 0.2
+    """Evidence changes an advantage by at most this part; below 1 it keeps its sign."""
+    without_wrong: Literal["student", "none"] = "student"
+    """A group without a wrong response to contrast with: the student stands for it (CEPO's paper),
+    or there is no evidence (its code)."""
+    route: Literal["all", "by_outcome"] = "all"
+    """Which rows get which term: `all` rows both (distillation where there is a context), or
+    successes the policy gradient and failures with a context distillation (SRPO)."""
+    question_weight: Literal["uniform", "spread"] = "uniform"
+    """Weight of a question's distillation: equal, or sqrt(p (1 - p)) with p its share of
+    successes (SC-SDPO); mean 1 over the questions."""
+    token_weight: Literal["uniform", "certainty", "information"] = "uniform"
+    """Weight of a token's distillation, mean 1 over its response: equal, exp(-H(teacher)) (SRPO),
+    or exp(token_alpha * i_t), the multiplier token by token."""
+    token_alpha: float = 1.0
+    """Exponent of `token_weight: information`, per nat."""
+
+    def __post_init__(self):
+        finite = {
+            name: (abs(getattr(self, name)) < float("inf"), "finite")
+            for name in ("advantage_weight", "advantage_weight_end", "token_alpha")
+        }
+        require(
+            "objective",
+            self,
+            distillation=(0 <= self.distillation < float("inf"), "at least 0"),
+            distillation_end=(
+                self.distillation_end is None or 0 <= self.distillation_end < float("inf"),
+                "at least 0, or null",
+            ),
+            distillation_steps=(self.distillation_steps >= 1, "at least 1"),
+            policy=(
+                0 <= self.policy < float("inf") and self.policy + self.distillation > 0,
+                "at least 0, and not 0 together with objective.distillation",
+            ),
+            clip_low=(0 < self.clip_low <= 1, "in (0, 1]"),
+            clip_high=(0 < self.clip_high < float("inf"), "positive"),
+            advantage_steps=(self.advantage_steps >= 0, "at least 0"),
+            evidence_clip=(0 <= self.evidence_clip < float("inf"), "at least 0"),
+            **finite,
+        )
+
+    @property
+    def needs_evidence(self) -> bool:
+        """Whether prompts with final answers in them must be scored."""
+        return self.policy > 0 and self.advantage in ("contrast", "evidence")
+
+
+SDPO = ObjectiveConfig()
+"""The default: distillation alone."""
+
+# ---- coefficients --------------------------------------------------------------------------------
+
+
+def distillation_coefficient(config: ObjectiveConfig, step: Array) -> Array:
+    """The divergence's coefficient at a step (from 0)."""
+    end = config.distillation if config.distillation_end is None else config.distillation_end
+    schedule = optax.linear_schedule(config.distillation, end, config.distillation_steps)
+    return jnp.asarray(schedule(step), jnp.float32)
+
+
+def advantage_weight(config: ObjectiveConfig, step: Array) -> Array:
+    """How much of the evidence there is at a step (from 0)."""
+    first, end = config.advantage_weight, config.advantage_weight_end
+    schedule = (
+        optax.linear_schedule(first, end, config.advantage_steps)
+        if config.advantage_steps
+        else optax.constant_schedule(first)
+    )
+    return jnp.asarray(schedule(step), jnp.float32)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+class Judged(NamedTuple):
+    """What the rewards of a group say of each of its responses; made on the host."""
+
+    success: Bool[Either, " row"]
+    """Whether the reward reaches the threshold."""
+    share: Float[Either, " row"]
+    """The share of successes in the response's group."""
+    advantages: Float[Either, " row"]
+    """The reward relative to the group's."""
+
+
+def judge(rewards: Any, threshold: float = 0.5, scale_advantage: bool = True) -> Judged:
+    """Successes and advantages of `[question, sample]` rewards, in rows.
+
+    An advantage is the reward minus its group's mean, over the group's standard deviation if
+    `scale_advantage`: that of a sample (n - 1), plus 1e-4 as in GRPO's usual code, so that equal
+    rewards give 0.
+    """
+    rewards = np.asarray(rewards, np.float32)
+    success = rewards >= threshold
+    share = np.broadcast_to(success.mean(axis=1, keepdims=True), rewards.shape)
+    advantages = rewards - rewards.mean(axis=1, keepdims=True)
+    if scale_advantage:
+        degrees = max(rewards.shape[1] - 1, 1)
+        variance = np.square(advantages).sum(axis=1, keepdims=True) / degrees
+        advantages = advantages / (np.sqrt(variance) + 1e-4)
+    rows = (success, share.astype(np.float32), advantages.astype(np.float32))
+    return Judged(*(array.reshape(-1) for array in rows))
+
+
+class Routes(NamedTuple):
+    """Which rows get which term of the loss."""
+
+    policy: Bool[Array, " row"]
+    distillation: Bool[Array, " row"]
+
+
+ROUTES: dict[str, Callable[[Array, Array], Routes]] = {
+    "all": lambda success, context: Routes(jnp.ones_like(success), context),
+    "by_outcome": lambda success, context: Routes(success, context & ~success),
+}
+"""(success, has_context) of every row -> its terms."""
+
+
+def route(
+    config: ObjectiveConfig, success: Bool[Array, " row"], has_context: Bool[Array, " row"]
+) -> Routes:
+    """The rows of both terms; a term that is off has none."""
+    routes = ROUTES[config.route](success, has_context)
+    end = config.distillation if config.distillation_end is None else config.distillation_end
+    return Routes(
+        routes.policy & (config.policy > 0), routes.distillation & (config.distillation + end > 0)
+    )
+
+
+QUESTION_WEIGHTS: dict[str, Callable[[Array], Array]] = {
+    "uniform": jnp.ones_like,
+    "spread": lambda share: jnp.sqrt(share * (1 - share)),
+}
+"""A group's share of successes -> the weight of its question, before they get mean 1."""
+
+
+def question_weights(config: ObjectiveConfig, share: Float[Array, " row"]) -> Float[Array, " row"]:
+    """The weight of every row's question: mean 1 over the batch, or all 0."""
+    weights = QUESTION_WEIGHTS[config.question_weight](share)
+    return weights / jnp.maximum(jnp.mean(weights), 1e-12)
+
+
+# ---- tokens --------------------------------------------------------------------------------------
+
+TOKEN_WEIGHTS: dict[str, Callable[[Array, Array, float], Array]] = {
+    "certainty": lambda teacher_entropy, terms, alpha: -teacher_entropy,
+    "information": lambda teacher_entropy, terms, alpha: alpha * terms,
+}
+"""(teacher's entropy, information terms, token_alpha) -> logarithm of a token's weight."""
+
+
+def token_weights(
+    config: ObjectiveConfig,
+    teacher_entropy: Float[Array, "*tokens"],
+    terms: Float[Array, "*tokens"],
+) -> Float[Array, "*tokens"]:
+    """The weight of every token, before those of a response get mean 1; without gradient.
+
+    Args:
+      config: `token_weight` and `token_alpha`.
+      teacher_entropy: Nats per token.
+      terms: The information estimate's terms, nats per token.
+    """
+    logarithm = TOKEN_WEIGHTS[config.token_weight](teacher_entropy, terms, config.token_alpha)
+    return jax.lax.stop_gradient(jnp.exp(jnp.clip(logarithm, -50.0, 50.0)))  # sums stay finite
+
+
+class Policy(NamedTuple):
+    """What the policy gradient needs at every token, `[tokens]` each."""
+
+    weights: Float[Array, " tokens"]
+    """Weight in the loss; 0 where the token gets no policy gradient."""
+    advantages: Float[Array, " tokens"]
+    """The response's advantage."""
+    advantage_weight: Float[Array, " tokens"]
+    """How much of the evidence there is; the same at every token."""
+    with_right: Float[Array, " tokens"] | None = None
+    """Log-prob of the token where the prompt shows the right final answer, nats."""
+    with_wrong: Float[Array, " tokens"] | None = None
+    """Log-prob where the prompt shows a wrong response's final answer."""
+    has_wrong: Bool[Array, " tokens"] | None = None
+    """Whether the token's group has a wrong response."""
+
+
+def weigh_by_evidence(
+    advantages: Float[Array, " tokens"],
+    evidence: Float[Array, " tokens"],
+    weight: Float[Array, " tokens"],
+    clip: float,
+) -> Float[Array, " tokens"]:
+    """A [(1 - lambda) + lambda clip(exp(sign(A) Delta), 1 - eps, 1 + eps)], CEPO's token advantage.
+
+    Args:
+      advantages: A, the response's.
+      evidence: Delta, nats: how much likelier the token is in the light of the evidence.
+      weight: lambda.
+      clip: eps; below 1 the sign of the advantage stays.
+    """
+    factor = jnp.clip(jnp.exp(jnp.sign(advantages) * evidence), 1 - clip, 1 + clip)
+    return advantages * ((1 - weight) + weight * factor)
+
+
+def _evidence(policy: Policy, token_log_probs, chosen, config: ObjectiveConfig):
+    assert policy.with_right is not None
+    delta = policy.with_right - token_log_probs
+    return weigh_by_evidence(
+        policy.advantages, delta, policy.advantage_weight, config.evidence_clip
+    )
+
+
+def _contrast(policy: Policy, token_log_probs, chosen, config: ObjectiveConfig):
+    assert policy.with_right is not None and policy.with_wrong is not None
+    assert policy.has_wrong is not None
+    fallback = token_log_probs if config.without_wrong == "student" else policy.with_right
+    wrong = jnp.where(policy.has_wrong, policy.with_wrong, fallback)
+    delta = policy.with_right - wrong
+    return weigh_by_evidence(
+        policy.advantages, delta, policy.advantage_weight, config.evidence_clip
+    )
+
+
+ADVANTAGES: dict[str, Callable[[Policy, Array, Array, ObjectiveConfig], Array]] = {
+    "group": lambda policy, token_log_probs, chosen, config: policy.advantages,
+    "evidence": _evidence,
+    "contrast": _contrast,
+    "choice": lambda policy, token_log_probs, chosen, config: (
+        policy.advantages + policy.advantage_weight * jnp.exp(chosen)
+    ),
+}
+"""(policy, student's log-prob of the token, its log-prob of the teacher's first choice, config) ->
+the token's advantage."""
+
+
+def surrogate(
+    token_log_probs: Float[Array, " tokens"],
+    old_log_probs: Float[Array, " tokens"],
+    advantages: Float[Array, " tokens"],
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+) -> Float[Array, " tokens"]:
+    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), PPO's clipped surrogate.
+
+    Args:
+      token_log_probs: Under the student; the gradient flows here only.
+      old_log_probs: Under the policy that sampled. With one update per batch the two differ by
+        the sampler's rounding alone.
+      advantages: Of every token.
+      clip_low: How far the ratio may fall before the gradient stops.
+      clip_high: How far it may rise.
+    """
+    ratio = jnp.exp(jnp.clip(token_log_probs - old_log_probs, -20.0, 20.0))
+    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    return -jnp.minimum(ratio * advantages, clipped * advantages)
+
+
+def policy_terms(
+    token_log_probs: Float[Array, " tokens"],
+    old_log_probs: Float[Array, " tokens"] | None,
+    chosen: Float[Array, " tokens"],
+    policy: Policy,
+    config: ObjectiveConfig,
+) -> Float[Array, " tokens"]:
+    """The policy gradient's loss at every token, before its weight.
+
+    Args:
+      token_log_probs: The student's log-prob of the sampled token; carries the gradient.
+      old_log_probs: The sampler's; None stands for the student's own, a ratio of 1.
+      chosen: The student's log-prob of the teacher's first choice.
+      policy: Advantages and evidence.
+      config: The rule for a token's advantage, and the clipping.
+    """
+    fixed, chosen = jax.lax.stop_gradient((token_log_probs, chosen))
+    advantages = ADVANTAGES[config.advantage](policy, fixed, chosen, config)
+    old = fixed if old_log_probs is None else old_log_probs
+    return surrogate(token_log_probs, old, advantages, config.clip_low, config.clip_high)

@@ -1,0 +1,239 @@
+"""Reads back what runs left in their folders; runs that differ only in the seed make a group.
+
+The files are those of `metrics.Writer`. A run may be going on, or have been killed: the last line
+of a file may be torn, which is left out and told. All else that does not fit is an `InputError`.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pgpo_jax import fields
+from pgpo_jax.errors import InputError, printable
+
+# What may differ between two runs of the same experiment: where and how it is computed and told.
+ARRANGEMENT = ("seed", "output_dir", "mesh", "distributed", "metrics", "checkpoint")
+
+
+class Series(NamedTuple):
+    """A metric of one run, by step."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    """float64; NaN where the run has null."""
+
+
+@dataclass
+class Run:
+    """One run's folder, read."""
+
+    folder: Path
+    name: str
+    """The shortest end of the folder's path that tells it from the others."""
+    config: dict[str, Any]
+    """Dotted field -> value."""
+    config_text: str
+    """config.yaml as it stands."""
+    metrics: dict[str, Series]
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the results must know, in plain words."""
+
+    @property
+    def steps(self) -> int:
+        """The last step that has a row."""
+        return int(max(series.steps[-1] for series in self.metrics.values()))
+
+    @property
+    def samples_path(self) -> Path:
+        """Where its responses are; may not exist."""
+        return self.folder / "samples.jsonl"
+
+
+@dataclass
+class Group:
+    """Runs that differ only in the seed, or a single run."""
+
+    label: str
+    runs: list[Run]
+
+
+def read_runs(folders: Sequence[str]) -> list[Run]:
+    """The runs in these folders.
+
+    Raises:
+      InputError: No folder, one that holds no run or no row yet, one named twice, a line that is no
+        row.
+    """
+    if not folders:
+        raise InputError("RUN: got none; give the folder of a run, such as runs/quickstart")
+    paths = [Path(folder) for folder in folders]
+    resolved = [path.resolve() for path in paths]
+    for index, path in enumerate(resolved):
+        if path in resolved[:index]:
+            raise InputError(f"RUN: got {paths[index]} twice; give every run once")
+    return [_read(*both) for both in zip(paths, _names(resolved), strict=True)]
+
+
+def read_samples(run: Run, take: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
+    """What `take` makes of every sample (its number from 0, its record); none without the file.
+
+    Records may be large, so `take` says what is kept. A torn last line is noted in the run.
+
+    Raises:
+      InputError: A line that is no sample.
+    """
+    if not run.samples_path.exists():
+        return []
+    return [take(*numbered) for numbered in enumerate(_rows(run.samples_path, run.notes))]
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """Puts runs together whose configurations are equal but for seed, folder and machine."""
+    found: list[list[Run]] = []
+    for run in runs:
+        alike = (members for members in found if not differences([members[0], run], ARRANGEMENT))
+        if members := next(alike, None):
+            members.append(run)
+        else:
+            found.append([run])
+    distinct = differences([members[0] for members in found], ignore=ARRANGEMENT)
+    result = []
+    for index, members in enumerate(found):
+        values = [f"{_short(name, distinct)} {show(row[index])}" for name, row in distinct.items()]
+        seeds = f" ({len(members)} runs)" if len(members) > 1 else ""
+        # Many differences make no label: the name of the folder then says more.
+        few = 0 < len(values) <= 3
+        result.append(Group((", ".join(values) if few else members[0].name) + seeds, members))
+    return result
+
+
+def differences(runs: Sequence[Run], ignore: Sequence[str] = ()) -> dict[str, list[Any]]:
+    """Dotted field -> its value in every run, for the fields in which they differ.
+
+    Sections and fields in `ignore` are left out. A field that a run does not have, as one of an
+    older version does not, is `ABSENT`.
+    """
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    found = {
+        name: [run.config.get(name, ABSENT) for run in runs]
+        for name in names
+        if name.split(".")[0] not in ignore
+    }
+    return {name: row for name, row in found.items() if any(value != row[0] for value in row)}
+
+
+ABSENT = "(absent)"
+
+
+def show(value: Any) -> str:
+    """A value of a configuration, as YAML has it, in one line."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _short(name: str, names: dict[str, Any]) -> str:
+    """`optimizer.alpha` -> `alpha`, where that is no other field's last part."""
+    last = name.split(".")[-1]
+    return last if sum(other.split(".")[-1] == last for other in names) == 1 else name
+
+
+def _read(folder: Path, name: str) -> Run:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise InputError(
+            f"RUN: got {folder}, which has no config.yaml; must be the folder of a run "
+            "(its output_dir)"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = fields.load_yaml(text)
+    except OSError as error:
+        raise InputError(f"RUN: {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:  # UnicodeDecodeError too
+        raise InputError(f"RUN: {path} is not valid YAML ({error})") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"RUN: {path} holds {fields.show(tree)}; must be fields and values")
+    run = Run(folder, name, dict(_dotted(tree)), text, {})
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"RUN: got {folder}, which has no metrics.jsonl; it has not begun")
+    columns: dict[str, dict[int, float]] = {}
+    for row in _rows(path, run.notes):
+        for metric, value in row.items():
+            if metric != "step" and (number := _number(value)) is not None:
+                columns.setdefault(metric, {})[row["step"]] = number
+    if not columns:
+        raise InputError(f"RUN: {path} has no rows yet; must have at least one")
+    for metric, column in columns.items():
+        steps = sorted(column)
+        run.metrics[metric] = Series(np.array(steps), np.array([column[step] for step in steps]))
+    planned = run.config.get("steps")
+    if isinstance(planned, int) and run.steps < planned:
+        run.notes.insert(0, f"has {run.steps} of {planned} updates: interrupted, or still going on")
+    return run
+
+
+def _number(value: Any) -> float | None:
+    """A metric's value; NaN for null and for what cannot be drawn; None for what is no number."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if -1e100 < value < 1e100 else math.nan
+
+
+def _rows(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file with their steps; a torn last line becomes a note."""
+    try:
+        with path.open("rb") as file:
+            torn = ""
+            for number, line in enumerate(file, start=1):
+                if torn:  # and not at the end
+                    raise InputError(torn)
+                if not line.strip():
+                    continue
+                where = f"RUN: {path}:{number}: got"
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    torn = f"{where} {_problem(error)}; must be one JSON object"
+                    continue
+                if not isinstance(row, dict):
+                    raise InputError(f"{where} {fields.show(row)}; must be one JSON object")
+                step = row.get("step")
+                if type(step) is not int or not 0 <= step < 2**53:
+                    raise InputError(
+                        f"{where} the step {fields.show(step)}; must be a whole number, at least 0"
+                    )
+                yield row
+    except OSError as error:
+        raise InputError(f"RUN: {path} cannot be read ({error.strerror})") from error
+    if torn:
+        notes.append(f"the last line of {path.name} is torn and was left out")
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} (column {error.colno})"
+    return str(error)
+
+
+def _dotted(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of every path, as many as it takes to tell all apart."""
+    for count in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return [printable(name) for name in names]

@@ -1,0 +1,95 @@
+"""Who the teacher is after an update: refresh rules, and the teacher that mixes two models' logits.
+
+Sources: the average and the trust region are those of SDPO (Hübotter et al., arXiv 2601.20802);
+a frozen or external teacher is that of on-policy distillation and TGPO (arXiv 2605.13230).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from pgpo_jax.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """How the teacher follows the student (config section `teacher`)."""
+
+    refresh: Literal["ema", "frozen", "live", "periodic", "trust_region"] = "ema"
+    """After an update: `ema` moves by `ema_rate` towards the student, `live` becomes it, `periodic`
+    becomes it every `period` updates, `frozen` stays. `trust_region` stays too, and teaches with
+    logits mixed from its own and, by `mix`, the student's (both see the teacher's prompt)."""
+    ema_rate: float = 0.05
+    """The teacher moves by this part of its distance to the student after every update."""
+    period: int = 50
+    """Updates between two refreshes of `periodic`."""
+    mix: float = 0.05
+    """The student's part in the logits of `trust_region`; 0 is `frozen`, 1 is `live`."""
+    path: str | None = None
+    """A checkpoint folder or hub id of another, frozen teacher with the student's vocabulary; null:
+    the student is its own teacher."""
+
+    def __post_init__(self):
+        require(
+            "teacher",
+            self,
+            ema_rate=(0 <= self.ema_rate <= 1, "in [0, 1]"),
+            period=(self.period >= 1, "at least 1"),
+            mix=(0 <= self.mix <= 1, "in [0, 1]"),
+            refresh=(
+                self.path is None or self.refresh == "frozen",
+                "frozen where teacher.path names another model",
+            ),
+        )
+
+
+AVERAGE = TeacherConfig()
+"""The default: an exponential moving average of the student."""
+
+Params = Any
+REFRESH: dict[str, Callable[[Params, Params, Int[Array, ""], TeacherConfig], Params]] = {
+    "ema": lambda student, teacher, count, config: optax.incremental_update(
+        student, teacher, config.ema_rate
+    ),
+    "frozen": lambda student, teacher, count, config: teacher,
+    "live": lambda student, teacher, count, config: jax.tree.map(jnp.copy, student),
+    "periodic": lambda student, teacher, count, config: optax.periodic_update(
+        student, teacher, count, config.period
+    ),
+    "trust_region": lambda student, teacher, count, config: teacher,
+}
+"""(student, teacher, updates done, config) -> the next teacher."""
+
+
+def refresh(
+    student: Params, teacher: Params, count: Int[Array, ""], config: TeacherConfig
+) -> Params:
+    """The teacher after an update.
+
+    Args:
+      student: The parameters after it.
+      teacher: The parameters before it, float32: in bfloat16 an average would never move.
+      count: Updates done, this one included.
+      config: The rule.
+    """
+    return REFRESH[config.refresh](student, teacher, count, config)
+
+
+def mix_logits(
+    hidden: Float[Array, "tokens embed"],
+    head: Float[Array, "vocab embed"],
+    other_hidden: Float[Array, "tokens embed"],
+    other_head: Float[Array, "vocab embed"],
+    mix: float,
+) -> tuple[Float[Array, "tokens both"], Float[Array, "vocab both"]]:
+    """Hidden states and a head whose logits are (1 - mix) those of one model + mix of the other's.
+
+    One product over both widths: the mixture needs no logits of its own in the vocabulary pass.
+    """
+    scaled = [(1 - mix) * hidden, mix * other_hidden.astype(hidden.dtype)]
+    return jnp.concatenate(scaled, 1), jnp.concatenate([head, other_head], 1)

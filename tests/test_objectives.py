@@ -1,0 +1,239 @@
+"""Rival objectives: what their theory says must hold, exactly where it says exactly."""
+
+import functools
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pgpo_jax import data, fused, losses, objectives, packing, sharding
+from pgpo_jax.objectives import ObjectiveConfig, Policy
+
+TOKENS, EMBED, VOCAB = 24, 6, 20
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+LOG_PROBS = -jnp.abs(normal(TOKENS))
+OLD = LOG_PROBS + 0.3 * normal(TOKENS)
+CHOSEN = -jnp.abs(normal(TOKENS))
+POLICY = Policy(
+    weights=jnp.ones(TOKENS) / TOKENS,
+    advantages=normal(TOKENS),
+    advantage_weight=jnp.full(TOKENS, 0.5),
+    with_right=-jnp.abs(normal(TOKENS)),
+    with_wrong=-jnp.abs(normal(TOKENS)),
+    has_wrong=jnp.asarray(RNG.random(TOKENS) < 0.5),
+)
+
+
+def terms(policy=POLICY, **config):
+    config = ObjectiveConfig(policy=1.0, **config)
+    return objectives.policy_terms(LOG_PROBS, OLD, CHOSEN, policy, config)
+
+
+def test_advantages_are_relative_to_the_group():
+    rewards = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
+    judged = objectives.judge(rewards)
+    expected = [0.75 / (0.5 + 1e-4), *[-0.25 / (0.5 + 1e-4)] * 3, 0, 0, 0, 0]
+    np.testing.assert_allclose(judged.advantages, expected, rtol=1e-5)
+    assert judged.success.tolist() == [True, False, False, False, True, True, True, True]
+    assert judged.share.tolist() == [0.25] * 4 + [1.0] * 4
+    plain = objectives.judge(rewards, threshold=1.5, scale_advantage=False)
+    np.testing.assert_allclose(plain.advantages, [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0])
+    assert not plain.success.any()
+
+
+def test_the_surrogate_is_that_of_ppo():
+    ratios = jnp.array([0.5, 0.9, 1.1, 1.5])
+    for advantage, expected in ((1.0, [0.5, 0.9, 1.1, 1.28]), (-1.0, [-0.8, -0.9, -1.1, -1.5])):
+        got = objectives.surrogate(jnp.log(ratios), jnp.zeros(4), jnp.full(4, advantage))
+        np.testing.assert_allclose(got, -np.array(expected), rtol=1e-6)
+
+
+def test_the_gradient_stops_where_the_ratio_is_clipped_and_is_reinforces_elsewhere():
+    log_ratios = jnp.log(jnp.array([0.5, 1.0, 1.0, 1.5]))
+    advantages = jnp.array([-1.0, 2.0, -3.0, 1.0])
+    gradient = jax.grad(lambda x: jnp.sum(objectives.surrogate(x, jnp.zeros(4), advantages)))(
+        log_ratios
+    )
+    np.testing.assert_allclose(gradient, [0, -2, 3, 0], rtol=1e-6)
+
+
+def test_equal_evidence_is_grpo_exactly():
+    same = POLICY._replace(with_wrong=POLICY.with_right, has_wrong=jnp.ones(TOKENS, bool))
+    chex.assert_trees_all_equal(terms(same, advantage="contrast"), terms())
+
+
+def test_the_student_in_place_of_the_wrong_answer_is_rlsd_exactly():
+    itself = POLICY._replace(with_wrong=LOG_PROBS, has_wrong=jnp.ones(TOKENS, bool))
+    chex.assert_trees_all_equal(terms(itself, advantage="contrast"), terms(advantage="evidence"))
+
+
+def test_a_group_without_a_wrong_response_falls_back_as_asked():
+    none = POLICY._replace(has_wrong=jnp.zeros(TOKENS, bool))
+    student = terms(none, advantage="contrast", without_wrong="student")
+    chex.assert_trees_all_equal(student, terms(advantage="evidence"))
+    chex.assert_trees_all_equal(terms(none, advantage="contrast", without_wrong="none"), terms())
+
+
+def test_the_weight_of_the_evidence_fades_to_grpo():
+    faded = POLICY._replace(advantage_weight=jnp.zeros(TOKENS))
+    for advantage in ("contrast", "evidence", "choice"):
+        chex.assert_trees_all_equal(terms(faded, advantage=advantage), terms())
+    config = ObjectiveConfig(advantage_weight=0.5, advantage_steps=25)
+    weights = [float(objectives.advantage_weight(config, jnp.int32(k))) for k in (0, 5, 25, 90)]
+    np.testing.assert_allclose(weights, [0.5, 0.4, 0, 0], atol=1e-7)
+
+
+ADVANTAGES = st.floats(-5, 5, width=32).filter(lambda a: a == 0 or abs(a) > 1e-30)  # no underflow
+
+
+@hypothesis.given(
+    ADVANTAGES, st.floats(-300, 300, width=32), st.floats(0, 1, width=32), st.floats(0, 0.875)
+)
+def test_evidence_keeps_the_sign_of_an_advantage(advantage, evidence, weight, clip):
+    got = objectives.weigh_by_evidence(
+        *(jnp.asarray(x, jnp.float32) for x in (advantage, evidence, weight)), clip
+    )
+    assert np.sign(got) == np.sign(np.float32(advantage))
+    assert abs(got) <= abs(advantage) * (1 + clip) * (1 + 1e-6)
+
+
+def test_the_teachers_choice_raises_an_advantage_by_its_probability():
+    plain = objectives.policy_terms(LOG_PROBS, None, CHOSEN, POLICY, ObjectiveConfig(policy=1.0))
+    config = ObjectiveConfig(policy=1.0, advantage="choice")
+    raised = objectives.policy_terms(LOG_PROBS, None, CHOSEN, POLICY, config)
+    np.testing.assert_allclose(plain - raised, 0.5 * jnp.exp(CHOSEN), rtol=1e-5, atol=1e-6)
+
+
+def test_the_router_sends_every_row_at_most_one_way():
+    success = jnp.array([True, True, False, False])
+    context = jnp.array([True, False, True, False])
+    config = ObjectiveConfig(policy=1.0, route="by_outcome")
+    routes = objectives.route(config, success, context)
+    assert routes.policy.tolist() == [True, True, False, False]
+    assert routes.distillation.tolist() == [False, False, True, False]
+    both = objectives.route(ObjectiveConfig(policy=0.5, distillation=0.5), success, context)
+    assert both.policy.all()
+    assert both.distillation.tolist() == context.tolist()
+    only = objectives.route(ObjectiveConfig(policy=1.0, distillation=0.0), success, context)
+    assert not only.distillation.any()
+    assert not objectives.route(ObjectiveConfig(), success, context).policy.any()
+
+
+def test_question_weights_have_mean_1_and_favour_what_is_half_solved():
+    share = jnp.repeat(jnp.array([1.0, 0.5, 0.25]), 4)
+    config = ObjectiveConfig(question_weight="spread")
+    raw = np.sqrt([0, 0.25, 0.1875])
+    expected = np.repeat(raw / raw.mean(), 4)
+    np.testing.assert_allclose(objectives.question_weights(config, share), expected, rtol=1e-6)
+    assert objectives.question_weights(config, jnp.zeros(8)).tolist() == [0] * 8
+    assert objectives.question_weights(ObjectiveConfig(), share).tolist() == [1] * 12
+
+
+@pytest.mark.parametrize("kind", ["certainty", "information"])
+def test_token_weights_have_mean_1_over_every_response(kind):
+    lengths = np.array([[6], [1], [3], [0]])
+    mask = np.arange(6)[None] < lengths
+    entropy, gaps = jnp.abs(normal(4, 6)), normal(4, 6).at[0, 5].set(1e6)
+    config = ObjectiveConfig(token_weight=kind, token_alpha=2.0)
+    raw = objectives.token_weights(config, entropy, gaps)
+    assert np.isfinite(raw).all()
+    exponent = -entropy if kind == "certainty" else 2 * gaps
+    ratio = jnp.exp(exponent[0, 1] - exponent[0, 0])
+    np.testing.assert_allclose(raw[0, 1] / raw[0, 0], ratio, rtol=1e-5)
+    blank = np.zeros((4, 2), np.int32)
+    batch = data.Batch(
+        *(blank, blank == 0) * 2, np.zeros((4, 6), np.int32), mask, mask.any(1), mask * 1.0
+    )
+    weights = packing.to_mean_1(batch, raw)
+    np.testing.assert_allclose(weights.sum(1), mask.sum(1), rtol=1e-5)
+    assert not weights[~mask].any()
+
+
+def test_the_coefficient_of_the_distillation_fades_linearly():
+    config = ObjectiveConfig(distillation=0.002, distillation_end=0.0, distillation_steps=200)
+    values = [float(objectives.distillation_coefficient(config, k)) for k in (0, 100, 200, 999)]
+    np.testing.assert_allclose(values, [0.002, 0.001, 0, 0], atol=1e-8)
+    assert float(objectives.distillation_coefficient(ObjectiveConfig(), 7)) == 1
+
+
+# ---- in the vocabulary pass ----------------------------------------------------------------------
+
+HIDDEN, HEAD = normal(TOKENS, EMBED), normal(VOCAB, EMBED)
+TEACHER_HIDDEN, TEACHER_HEAD = normal(TOKENS, EMBED), normal(VOCAB, EMBED)
+SAMPLED = jnp.asarray(RNG.integers(0, VOCAB, TOKENS))
+# Some tokens get both terms, some one, some none.
+WEIGHTS = jnp.where(jnp.arange(TOKENS) % 3 == 0, 0.0, 1 / TOKENS)
+MIXED = POLICY._replace(weights=jnp.where(jnp.arange(TOKENS) % 2 == 0, 0.0, 0.5))
+
+
+@pytest.mark.parametrize("advantage", ["group", "contrast", "evidence", "choice"])
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+def test_the_fused_gradient_is_that_of_all_logits_at_once(advantage, mesh):
+    config = losses.DistillationConfig(top_k=5, chunk_size=5)
+    objective = ObjectiveConfig(policy=1.0, advantage=advantage)
+
+    def fused_loss(hidden, head):
+        return fused.distill(
+            *(hidden, head, TEACHER_HIDDEN, TEACHER_HEAD, SAMPLED, WEIGHTS, OLD, MIXED),
+            config=config,
+            objective=objective,
+            mesh=mesh and sharding.make_mesh(sharding.MeshConfig(*mesh)),
+        )
+
+    def plain_loss(hidden, head):
+        found = fused.token_terms(
+            fused.logits(hidden, head),
+            fused.logits(TEACHER_HIDDEN, TEACHER_HEAD),
+            *(SAMPLED, OLD, MIXED),
+            config=config,
+            objective=objective,
+            vocab_size=None,
+            estimators=("entropy_gap",),
+        )
+        loss = jnp.sum(WEIGHTS * found.weight * found.divergence)
+        return loss + jnp.sum(MIXED.weights * found.policy), found
+
+    both = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(HIDDEN, HEAD)
+        for f in (fused_loss, plain_loss)
+    )
+    (got, got_terms), gradients = next(both)
+    (expected, expected_terms), expected_gradients = next(both)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    chex.assert_trees_all_close(gradients, expected_gradients, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got_terms.policy, expected_terms.policy, rtol=1e-5, atol=1e-6)
+
+
+def test_the_choice_of_the_teacher_is_a_cross_entropy_with_its_likeliest_token():
+    config = losses.DistillationConfig(kind="choice", importance_cap=None, chunk_size=7)
+    gradient = jax.grad(
+        lambda hidden: fused.distill(
+            *(hidden, HEAD, TEACHER_HIDDEN, TEACHER_HEAD, SAMPLED, WEIGHTS), config=config
+        )[0]
+    )(HIDDEN)
+    choice = jnp.argmax(TEACHER_HIDDEN @ TEACHER_HEAD.T, axis=1)
+    error = jax.nn.softmax(HIDDEN @ HEAD.T) - jax.nn.one_hot(choice, VOCAB)
+    np.testing.assert_allclose(gradient, WEIGHTS[:, None] * (error @ HEAD), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+def test_scores_are_log_probs_of_the_tokens(mesh):
+    score = functools.partial(
+        fused.score,
+        config=losses.DistillationConfig(chunk_size=5, temperature=0.5),
+        vocab_size=VOCAB,
+        mesh=mesh and sharding.make_mesh(sharding.MeshConfig(*mesh)),
+    )
+    got = jax.jit(score)(HIDDEN, HEAD, SAMPLED)
+    log_p = jax.nn.log_softmax(HIDDEN @ HEAD.T / 0.5)
+    np.testing.assert_allclose(got, log_p[jnp.arange(TOKENS), SAMPLED], rtol=1e-5, atol=1e-5)
