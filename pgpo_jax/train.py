@@ -177,7 +177,10 @@ def train(config: Config) -> int:
             """A reward function that fails after hours costs a line, not the steps since a save."""
             del kind, trace
             if isinstance(error, InputError) and jax.process_count() == 1:
-                save()
+                try:
+                    save()
+                except RunError as failed:  # the mistake is what to mend first
+                    writer.warn(str(failed))
 
         stack.push(_name_the_missing)
 
