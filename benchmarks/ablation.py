@@ -63,6 +63,8 @@ ARMS: dict[str, dict[str, Any]] = {
         "optimizer.alpha_end": 0.0,
         "optimizer.alpha_steps": "{steps}",
     },
+    "pgpo_token": {"optimizer.alpha": 0.0, "objective.token_weight": "information"},
+    "grpo": {"optimizer.alpha": 0.0, "objective.distillation": 0.0, "objective.policy": 1.0},
     "sdpo_matched_rate": {"optimizer.alpha": 0.0, "optimizer.learning_rate": "{matched_rate}"},
     "sdpo_matched_rate_to_best": {
         "optimizer.alpha": 0.0,
@@ -80,7 +82,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """Arm -> fields. In braces: `seed`, `steps`; of the REFERENCE run of the same seed its metrics file
 (`reference`) and the learning rate times its mean multiplier (`matched_rate`, and up to its best
-evaluation `matched_rate_to_best`); the metrics of the next seed's REFERENCE (`other_reference`), a
+evaluation `matched_rate_to_best`); the metrics of another seed's REFERENCE (`other_reference`), a
 multiplier of the right course in time that knows nothing of this run."""
 
 DEFAULT_ARMS = [name for name in ARMS if name != "sdpo_matched_rate_to_best"]
@@ -125,11 +127,11 @@ def arm_config(study: Study, arm: str, seed: int) -> Config:
     base = _load(study, common)
     places: dict[str, Any] = {"seed": seed, "steps": base.steps}
     if needs_reference(arm):
-        of = {name: study.folder(REFERENCE, s) for name, s in _references(study, seed).items()}
-        places |= {name: folder / "metrics.jsonl" for name, folder in of.items()}
-        reference = curves.read(of["reference"])
+        places["reference"] = study.folder(REFERENCE, seed) / "metrics.jsonl"
+        places["other_reference"] = study.folder(REFERENCE, other(seed)) / "metrics.jsonl"
+        reference = curves.read(study.folder(REFERENCE, seed))
         if not len(reference.updates):
-            raise InputError(f"{REFERENCE}: every update of {of['reference']} was skipped")
+            raise InputError(f"{REFERENCE}: every update of seed {seed} was skipped")
         to_best = reference.updates <= max(reference.steps[reference.best], reference.updates[0])
         rate = base.optimizer.learning_rate
         places["matched_rate"] = rate * float(reference.multiplier.mean())
@@ -146,8 +148,9 @@ def needs_reference(arm: str) -> bool:
     return any("reference" in str(v) or "matched" in str(v) for v in ARMS[arm].values())
 
 
-def _references(study: Study, seed: int) -> dict[str, int]:
-    return {"reference": seed, "other_reference": (seed + 1) % study.seeds}
+def other(seed: int) -> int:
+    """Whose multipliers a seed takes for `other_reference`, however many seeds there are."""
+    return seed - 1 if seed else 1
 
 
 def _load(study: Study, values: Mapping[str, Any]) -> Config:
@@ -165,9 +168,8 @@ def is_finished(config: Config) -> bool:
         steps = curves.read(folder).steps
     except (InputError, OSError, ValueError, IndexError):
         return False
-    free = {
-        name: getattr(config, name) for name in ("metrics", "mesh", "checkpoint", "distributed")
-    }
+    sections = ("metrics", "alarms", "checkpoint", "mesh", "distributed")
+    free = {name: getattr(config, name) for name in sections}
     # Where anything else differs, `train` refuses the folder in one line that says what.
     return dataclasses.replace(before, **free) == config and steps[-1] == config.steps
 
@@ -202,8 +204,11 @@ def _train(config: Config) -> str | None:
     folder = pathlib.Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "console.txt").open("a") as console, contextlib.redirect_stdout(console):
-        _stopped = train.train(config) == train.STOPPED
-    return "stopped" if _stopped else None
+        code = train.train(config)
+    _stopped = code == train.STOPPED
+    if _stopped:
+        return "stopped"
+    return None if code == 0 else f"ended with code {code}; see {folder / 'console.txt'}"
 
 
 def _safely(do, *arguments) -> str | None:
@@ -275,6 +280,10 @@ def do_study(study: Study, arms: Sequence[str], jobs: int) -> list[str]:
     referring = [arm for arm in arms if needs_reference(arm)]
     if referring and REFERENCE not in arms:
         raise InputError(f"--arms: got {referring[0]} without {REFERENCE}, which it refers to")
+    if study.seeds == 1 and any("{other_reference}" in ARMS[arm].values() for arm in arms):
+        raise InputError(
+            "--seeds: got 1; must be at least 2 for an arm that takes another seed's rho"
+        )
     free = [arm for arm in arms if arm not in referring]
     with workers(jobs) as pool:
         for tasks in (

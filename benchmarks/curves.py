@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from pgpo_jax.watch import Watch
+
 COLLAPSE = 0.10
 """A run collapsed where its last accuracy is this far under its best."""
 RESAMPLES = 2000
@@ -37,6 +39,8 @@ class Curve(NamedTuple):
     """`[update]`."""
     reward: np.ndarray
     """Mean reward of the training responses, `[update]`."""
+    fired: Mapping[str, int]
+    """Alarms of `pgpo_jax.watch`, as they stand by default, by name: the step of the first."""
 
     @property
     def best(self) -> int:
@@ -52,6 +56,10 @@ def read(folder: str | pathlib.Path) -> Curve:
     )
     updates = [row for row in rows if row.get("skipped") == 0]
     rewards = np.array([row["rewards"] for row in asked])
+    watch, fired = Watch(), {}
+    for row in rows:
+        for alarm in watch.check(row):
+            fired.setdefault(alarm.name, row["step"])
     return Curve(
         np.array([row["step"] for row in asked]),
         rewards.mean(axis=1),
@@ -60,6 +68,7 @@ def read(folder: str | pathlib.Path) -> Curve:
             np.array([row[name] for row in updates], float)
             for name in ("step", "information", "multiplier", "reward/mean")
         ),
+        fired,
     )
 
 
@@ -165,11 +174,14 @@ def reward_alarm(curve: Curve, drop: float = 0.05) -> int | None:
 
 
 ALARMS = {
+    "watch: information": lambda curve: curve.fired.get("information"),
+    "watch: reward_fall": lambda curve: curve.fired.get("reward_fall"),
     "information below 0": information_alarm,
     "information below a third of its start": information_fraction_alarm,
     "reward 5 points below its best": reward_alarm,
 }
-"""Each with a running mean over WINDOW updates, for PATIENCE updates in a row."""
+"""The first two are those of a run itself (section `alarms`); the others take a running mean over
+WINDOW updates, and want it for PATIENCE updates in a row."""
 
 
 def judge(alarms: Sequence[int | None], falls: Sequence[int | None]) -> dict[str, Any]:

@@ -34,7 +34,9 @@ def curve(curves, steps=(0, 10), rewards=((0.0, 1.0), (1.0, 1.0)), **updates):
         for name, value in (("information", 0.5), ("multiplier", 1.0), ("reward", 0.5))
     }
     count = len(found["information"])
-    return curves.Curve(np.array(steps), rewards.mean(1), rewards, np.arange(1, count + 1), **found)
+    return curves.Curve(
+        np.array(steps), rewards.mean(1), rewards, np.arange(1, count + 1), **found, fired={}
+    )
 
 
 def test_the_interval_of_paired_differences_is_students(curves):
@@ -102,8 +104,33 @@ def test_the_reward_alarm_wants_its_mean_five_points_below_its_best(curves):
 
 def test_a_run_whose_updates_were_all_skipped_raises_no_alarm(curves):
     empty = curve(curves, information=[], multiplier=[], reward=[])
-    assert [alarm(empty) for alarm in curves.ALARMS.values()] == [None] * 3
+    assert [alarm(empty) for alarm in curves.ALARMS.values()] == [None] * 5
     assert curves.spread(empty.multiplier) == {"min": None, "mean": None, "max": None}
+
+
+def test_a_run_read_back_has_its_updates_and_the_alarms_that_it_gave(curves, tmp_path):
+    rows = [{"step": 0, "eval/avg@16": 0.25}]
+    for step in range(1, 41):  # information falls through 0 at update 20; update 3 was skipped
+        falling = {"information": 2.0 - step / 10, "entropy/student": 2.0 - step / 10}
+        update = {
+            "loss": 0.1,
+            "context_fraction": 1.0,
+            "entropy/teacher": 0.0,
+            "multiplier": 1.5,
+            "reward/mean": 0.5,
+        }
+        rows.append({"step": step, **falling, **update, "skipped": float(step == 3)})
+    asked = [{"step": 0, "rewards": [0.5, 0.0]}, {"step": 40, "rewards": [1.0, 0.5]}]
+    for name, lines in (("metrics", rows), ("evaluations", asked)):
+        text = "".join(json.dumps(row) + "\n" for row in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    found = curves.read(tmp_path)
+    assert found.steps.tolist() == [0, 40]
+    assert found.accuracy.tolist() == [0.25, 0.75]
+    assert found.updates.tolist() == [1, 2, *range(4, 41)]
+    assert found.best == 1
+    assert 29 < found.fired["information"] <= 40  # 10 steps after its mean went below 0
+    assert curves.ALARMS["watch: information"](found) == found.fired["information"]
 
 
 def test_an_alarm_is_judged_by_lead_time_misses_and_false_alarms(curves):
@@ -201,7 +228,7 @@ def test_a_study_runs_from_warm_start_to_figure_and_goes_on_where_it_stopped(
 
     # Other settings in the same folder are an error in one line, and no result.
     assert ablation.main([*arguments, "--arms", "sdpo", "--optimizer.eps", "1e-6"]) == 1
-    assert "holds a run with another optimizer" in capsys.readouterr().out
+    assert "optimizer.eps: got 1e-06; " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -211,6 +238,7 @@ def test_a_study_runs_from_warm_start_to_figure_and_goes_on_where_it_stopped(
         (["--arms", "pgpo_1.0"], "--arms: got pgpo_1.0; must hold sdpo"),
         (["--arms", "sdpo,sdpo_matched_rate"], "--arms: got sdpo_matched_rate without pgpo_1.0"),
         (["--seeds", "0"], "--seeds: got 0; must be at least 1"),
+        (["--seeds", "1"], "--seeds: got 1; must be at least 2"),
         (["--evaluation.every", "0"], "evaluation.every: got 0"),
     ],
 )
@@ -238,6 +266,6 @@ def test_every_arm_is_a_valid_configuration_of_its_own(ablation, tmp_path):
     to_best = found["sdpo_matched_rate_to_best"].optimizer.learning_rate
     assert to_best == pytest.approx(1.5 * rate)
     assert found["sdpo_other_seeds_rho"].optimizer.replay.endswith("pgpo_1.0/seed_1/metrics.jsonl")
-    different = {(c.optimizer, c.distillation) for c in found.values()}
+    different = {(c.optimizer, c.objective) for c in found.values()}
     assert len(different) == len(ablation.ARMS)
     assert {c.model.path for c in found.values()} == {str(study.folder("start", 0) / "model")}
