@@ -71,6 +71,10 @@ class ObjectiveConfig:
     or exp(token_alpha * i_t), the multiplier token by token."""
     token_alpha: float = 1.0
     """Exponent of `token_weight: information`, per nat."""
+    rehearsal: float = 0.0
+    """Coefficient of a cross-entropy on successes as the teacher reads them, a demonstration in the
+    prompt: nothing else trains the student to use one, and its teacher forgets how. Costs one more
+    forward and backward pass; 0 leaves it out."""
 
     def __post_init__(self):
         finite = {
@@ -90,6 +94,7 @@ class ObjectiveConfig:
                 0 <= self.policy < float("inf") and self.policy + self.distillation > 0,
                 "at least 0, and not 0 together with objective.distillation",
             ),
+            rehearsal=(0 <= self.rehearsal < float("inf"), "at least 0"),
             clip_low=(0 < self.clip_low <= 1, "in (0, 1]"),
             clip_high=(0 < self.clip_high < float("inf"), "positive"),
             advantage_steps=(self.advantage_steps >= 0, "at least 0"),

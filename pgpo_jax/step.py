@@ -135,6 +135,20 @@ def make_train_step(
             policy = policy._replace(with_wrong=log_probs_in("wrong"), has_wrong=_flat(has_wrong))
         return policy
 
+    def rehearse(model, batch: Batch | Packed, weights: Array) -> tuple[Array, Array]:
+        """A term whose gradient is that of the cross-entropy after the teacher's prompts, and this.
+
+        It is the policy gradient of an advantage of 1 on the student's own ratio.
+        """
+        inputs = packing.response_hidden(model, batch, "teacher"), model.head()
+        none = jnp.zeros_like(weights)
+        policy = Policy(weights, advantages=none + 1, advantage_weight=none)
+        fixed = jax.lax.stop_gradient(inputs)
+        term, terms = vocabulary_pass(
+            *(*inputs, *fixed, _flat(batch.responses), none), None, policy, estimators=()
+        )
+        return term, _weighted(-terms.token_log_probs, weights)
+
     def loss_fn(student, teacher, batch: Batch | Packed, weights):
         tokens, sampled = _flat(batch.responses), _flat(batch.sampler_log_probs)
         model = nnx.merge(graphdef, student)
@@ -177,9 +191,13 @@ def make_train_step(
                 for name in estimators
             },
         }
+        measured["loss"] = loss
         if policy is not None:
             measured["loss/policy"] = _weighted(terms.policy, policy.weights)
-        return loss, ({"loss": loss, **measured}, terms.divergence.reshape(batch.responses.shape))
+        if objective.rehearsal:
+            term, measured["loss/rehearsal"] = rehearse(model, batch, _flat(weights["rehearsal"]))
+            loss += term
+        return loss, (measured, terms.divergence.reshape(batch.responses.shape))
 
     def gradients(student, teacher, batch: Batch | Packed, weights):
         """Summed over micro-batches, whose weights were fixed on the whole batch; and per token."""
@@ -269,6 +287,9 @@ def _weights(
         "context": information.response_weights(lengths, context),
         "every": information.response_weights(lengths, jnp.ones_like(context)),
     }
+    if objective.rehearsal:
+        rehearsed = information.response_weights(lengths, context & judged.success)
+        weights["rehearsal"] = objective.rehearsal * rehearsed
     counts = lengths > 0
     active = jnp.any((weights["distillation"] != 0) & counts)
     if objective.policy:

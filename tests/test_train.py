@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pgpo_jax import addition, config, evaluate, hf, train
+from pgpo_jax import addition, config, evaluate, hf, loading, train
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.errors import command
 
@@ -125,7 +125,7 @@ def test_a_resumed_run_is_the_run_without_an_interruption(write, tmp_path):
     assert list(map(without_time, halves)) == list(map(without_time, whole))
     students = []
     for name in ("whole", "halves"):
-        loaded = train.load_run(config.load(str(tmp_path / name / "config.yaml")))
+        loaded = loading.load_run(config.load(str(tmp_path / name / "config.yaml")))
         with Checkpoints(str(tmp_path / name / "checkpoints"), read_only=True) as checkpoints:
             step, student = checkpoints.restore_student(loaded.params)
         assert step == 4
