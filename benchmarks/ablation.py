@@ -1,6 +1,6 @@
 """What does the multiplier do, against the right controls? Many seeds, one warm start for each.
 
-    python benchmarks/ablation.py configs/ablation.yaml --seeds 10 --jobs 2 --save ablation
+    python benchmarks/ablation.py configs/ablation.yaml --seeds 10 --jobs 2 --save ablation_addition
     python benchmarks/ablation.py configs/smollm2_sciknoweval.yaml --seeds 3 \
         --arms sdpo,pgpo_1.0,sdpo_matched_rate
 

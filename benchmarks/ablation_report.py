@@ -182,85 +182,109 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 # ---- the figure ----------------------------------------------------------------------------------
 
 GREY, BLUE, ORANGE = "#8a8a8a", "#1f5fa8", "#c65102"
+PANELS = (2.2, 1.2, 1.0)
+"""Heights in inches of an arm's accuracy, its difference from the baseline, and its information."""
 
 
 def figure(runs: Runs, result: Mapping[str, Any], baseline: str, path: pathlib.Path) -> None:
-    """Every arm's learning curve and information beside the baseline's, and all differences."""
+    """Learning curves of every arm beside the baseline's, and all paired differences."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    arms = [row["method"] for row in result["methods"]]
-    others = [arm for arm in arms if arm != baseline]
-    columns = min(4, max(len(others), 1))
+    others = [row["method"] for row in result["methods"] if row["method"] != baseline]
+    columns = min(5 if len(others) > 8 else 4, max(len(others), 1))
     rows = math.ceil(len(others) / columns)
-    compared = result["comparisons"]
-    heights = [*([3, 1.3] * rows), 0.5 + 0.26 * len(compared)]
+    heights = [rows * (sum(PANELS) + 0.75), 0.9 + 0.3 * len(result["comparisons"])]
     figure = pyplot.figure(
-        figsize=(3.1 * columns + 0.8, 1.05 * sum(heights[:-1]) + heights[-1] + 0.8),
-        layout="constrained",
+        figsize=(max(2.7 * columns + 0.6, 7.0), sum(heights) + 0.4), layout="constrained"
     )
-    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
-    shared: dict[str, Any] = {}
-    for index, arm in enumerate(others):
-        row, column = divmod(index, columns)
-        top = figure.add_subplot(grid[2 * row, column], sharey=shared.get("top"))
-        bottom = figure.add_subplot(
-            grid[2 * row + 1, column], sharex=top, sharey=shared.get("bottom")
-        )
-        shared = {"top": top, "bottom": bottom} | shared
-        for name, color in ((baseline, GREY), (arm, BLUE)):
-            _curves(top, bottom, list(_of(runs, name).values()), color, name)
-        top.set_title(arm, fontsize=10, loc="left")
-        top.tick_params(labelbottom=False, labelleft=column == 0)
-        bottom.tick_params(labelleft=column == 0)
-        bottom.axhline(0, color="black", linewidth=0.6)
-        if column == 0:
-            top.set_ylabel("held-out avg@k, %")
-            bottom.set_ylabel("I, nats")
-        if index + columns >= len(others):
-            bottom.set_xlabel("update")
-        if index == 0:
-            top.legend(fontsize=8, frameon=False, loc="best")
-    forest = figure.add_subplot(grid[-1, :])
-    _forest(forest, compared, result["comparisons_mean"])
-    seeds = result["methods"][0]["seeds"]
+    # Two parts: the long names of the lower one must not narrow the panels of the upper one.
+    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    _panels(upper, runs, others, baseline, columns)
+    _forest(lower.add_subplot(), result["comparisons"], result["comparisons_mean"])
     figure.suptitle(
-        f"{seeds} seeds: each as a thin line, mean and 95 % interval (Student's t) as a band; "
-        f"{baseline} in grey",
+        f"Thin lines: single seeds ({result['methods'][0]['seeds']}). Thick: their mean, with its "
+        f"95 % interval over seeds. Grey: {baseline}.",
         fontsize=10,
-        x=0.01,
-        ha="left",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
-def _curves(top, bottom, found: Sequence[Curve], color: str, label: str) -> None:
-    """Accuracy above, the information's running mean below; runs of one arm share their steps."""
-    smooth = [curves.running_mean(curve.information, curves.WINDOW) for curve in found]
-    common = min(map(len, smooth))  # runs may have skipped different updates
-    for axes, steps, values in (
-        (top, found[0].steps, np.array([100 * curve.accuracy for curve in found])),
-        (bottom, found[0].updates[:common], np.array([row[:common] for row in smooth])),
-    ):
-        mean = values.mean(axis=0)
-        axes.plot(steps, values.T, color=color, linewidth=0.5, alpha=0.25)
-        axes.plot(steps, mean, color=color, linewidth=1.6, label=label)
-        if len(values) > 1:
-            half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values, axis=0)
-            axes.fill_between(steps, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.02)
+def _panels(figure, runs: Runs, others: Sequence[str], baseline: str, columns: int) -> None:
+    """Three panels an arm, axes shared among the arms."""
+    rows = math.ceil(len(others) / columns)
+    grid = figure.add_gridspec(3 * rows, columns, height_ratios=PANELS * rows)
+    shared: list[Any] = [None] * 3
+    for index, arm in enumerate(others):
+        row, column = divmod(index, columns)
+        axes: list[Any] = []
+        for part in range(3):
+            axes.append(
+                figure.add_subplot(
+                    grid[3 * row + part, column],
+                    sharex=axes[0] if axes else shared[0],
+                    sharey=shared[part],
+                )
+            )
+        shared = [old or new for old, new in zip(shared, axes, strict=True)]
+        top, middle, bottom = axes
+        ours, theirs = _of(runs, arm), _of(runs, baseline)
+        both = sorted(ours.keys() & theirs.keys())
+        for found, color in ((theirs, GREY), (ours, BLUE)):
+            steps = next(iter(found.values())).steps
+            _band(top, steps, [100 * curve.accuracy for curve in found.values()], color, (0, 100))
+            every = np.arange(1, steps[-1] + 1)
+            _band(
+                bottom, every, [_smooth(c, every) for c in found.values() if len(c.updates)], color
+            )
+        differences = [100 * (ours[seed].accuracy - theirs[seed].accuracy) for seed in both]
+        _band(middle, ours[both[0]].steps, differences, ORANGE)
+        top.set_title(arm, fontsize=10, loc="left")
+        for part, label in zip(axes, ("avg@k, %", "difference", "I, nats"), strict=True):
+            part.tick_params(labelleft=column == 0, labelbottom=part is bottom, labelsize=8)
+            part.spines[["top", "right"]].set_visible(False)
+            part.margins(x=0.02)
+            if column == 0:
+                part.set_ylabel(label, fontsize=9)
+        for part in (middle, bottom):
+            part.axhline(0, color="black", linewidth=0.6)
+        bottom.set_xlabel("update", fontsize=9)
+
+
+def _smooth(curve: Curve, steps: np.ndarray) -> np.ndarray:
+    """The information's running mean at these steps; where updates were skipped, interpolated."""
+    smooth = curves.running_mean(curve.information, curves.WINDOW)
+    return np.interp(steps, curve.updates, smooth)
+
+
+def _band(
+    axes,
+    steps: np.ndarray,
+    rows: Sequence[np.ndarray],
+    color: str,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+) -> None:
+    if not rows:
+        return
+    values = np.array(rows)
+    mean = values.mean(axis=0)
+    axes.plot(steps, values.T, color=color, linewidth=0.6, alpha=0.35)
+    axes.plot(steps, mean, color=color, linewidth=1.8)
+    if len(values) > 1:
+        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values, axis=0)
+        low, high = np.clip([mean - half, mean + half], *bounds)
+        axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
 
 
 def _forest(axes, last: Sequence[Mapping[str, Any]], mean: Sequence[Mapping[str, Any]]) -> None:
     """Paired differences with their intervals, one line a pair."""
     for rows, color, shift, label in (
-        (last, ORANGE, -0.15, "last avg@k"),
-        (mean, BLUE, 0.15, "mean of the curve"),
+        (last, ORANGE, -0.15, "of the last avg@k"),
+        (mean, BLUE, 0.15, "of the curve's mean"),
     ):
         values = [100 * row["difference"] for row in rows]
         places = [index + shift for index in range(len(rows))]
@@ -271,9 +295,10 @@ def _forest(axes, last: Sequence[Mapping[str, Any]], mean: Sequence[Mapping[str,
             values, places, xerr=errors, fmt="o", color=color, markersize=4, capsize=2, label=label
         )
     axes.axvline(0, color="black", linewidth=0.6)
-    axes.set_yticks(range(len(last)), [f"{row['method']} - {row['against']}" for row in last])
+    names = [f"{row['method']} \N{MINUS SIGN} {row['against']}" for row in last]
+    axes.set_yticks(range(len(last)), names, fontsize=9)
     axes.set_ylim(len(last) - 0.4, -0.6)
-    axes.set_xlabel("difference in points, paired by seed, 95 % interval")
+    axes.set_xlabel("difference in points, paired by seed, with its 95 % interval", fontsize=9)
     axes.legend(fontsize=8, frameon=False, loc="best")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", linewidth=0.3)

@@ -128,10 +128,12 @@ def paired_difference(values: Mapping[int, float], against: Mapping[int, float])
 
 
 def fall(steps: Sequence[int], accuracy: Sequence[float], drop: float = COLLAPSE) -> int | None:
-    """The first evaluated step whose accuracy is more than `drop` under the best before it."""
-    best = np.maximum.accumulate(accuracy)
-    fallen = np.flatnonzero(np.asarray(accuracy) < best - drop - TOLERANCE)
-    return int(steps[fallen[0]]) if len(fallen) else None
+    """The evaluated step from which on the accuracy stays more than `drop` under its best.
+
+    None where the run ends within `drop` of its best, whatever dips it came through.
+    """
+    within = np.flatnonzero(np.asarray(accuracy) >= max(accuracy) - drop - TOLERANCE)
+    return None if within[-1] == len(accuracy) - 1 else int(steps[within[-1] + 1])
 
 
 def running_mean(values: Sequence[float], window: int) -> np.ndarray:

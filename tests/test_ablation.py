@@ -76,9 +76,10 @@ def test_a_run_collapsed_if_it_ends_more_than_ten_points_under_its_best(curves, 
     assert curves.collapsed(accuracy) == expected
 
 
-def test_the_fall_is_the_first_evaluation_ten_points_under_the_best_before_it(curves):
-    assert curves.fall([0, 20, 40, 60], [0.2, 0.6, 0.45, 0.7]) == 40
-    assert curves.fall([0, 20, 40, 60], [0.2, 0.6, 0.5, 0.7]) is None
+def test_the_fall_is_the_evaluation_after_which_a_run_stays_ten_points_under_its_best(curves):
+    assert curves.fall([0, 20, 40, 60, 80], [0.2, 0.6, 0.45, 0.3, 0.1]) == 40
+    assert curves.fall([0, 20, 40, 60, 80], [0.2, 0.6, 0.45, 0.5, 0.4]) == 80, "0.5 is within"
+    assert curves.fall([0, 20, 40, 60], [0.2, 0.6, 0.45, 0.7]) is None, "a dip is no fall"
 
 
 def test_a_running_mean_begins_with_what_there_is(curves):
@@ -269,3 +270,15 @@ def test_every_arm_is_a_valid_configuration_of_its_own(ablation, tmp_path):
     different = {(c.optimizer, c.objective) for c in found.values()}
     assert len(different) == len(ablation.ARMS)
     assert {c.model.path for c in found.values()} == {str(study.folder("start", 0) / "model")}
+
+
+@pytest.mark.parametrize("name", ["smollm2_sciknoweval", "sciknoweval_qwen3_8b"])
+def test_real_models_take_the_same_arms(ablation, tmp_path, name):
+    study = ablation.Study(str(FOLDER.parent / "configs" / f"{name}.yaml"), (), tmp_path, 1)
+    base = ablation.config_module.load(study.config_path)
+    free = [arm for arm in ablation.ARMS if not ablation.needs_reference(arm)]
+    found = [ablation.arm_config(study, arm, 0) for arm in free]
+    assert len({(c.optimizer, c.objective) for c in found}) == len(free)
+    warm = str(study.folder("start", 0) / "model")  # without a warm start: the model as it comes
+    assert {c.model.path for c in found} == {warm if base.warm_start.steps else base.model.path}
+    assert {c.warm_start.steps for c in found} == {0}
