@@ -90,6 +90,11 @@ def make_setup(config: Config, devices: Sequence[Any]) -> Setup:
     Raises:
       InputError: The configuration's mesh, micro-batches and slots do not suit the devices.
     """
+    if config.teacher.path is not None:
+        raise InputError(
+            f"teacher.path: got {config.teacher.path}; a plan counts a teacher of the student's "
+            "own size, so plan with --teacher.path null --teacher.refresh frozen"
+        )
     architecture, mesh = architecture_of(config.model), sharding.make_mesh(config.mesh, devices)
     if mesh.size != len(devices):
         raise InputError(
