@@ -15,6 +15,7 @@ interruptions follows from the seed; when exactly a signal arrives does not.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -159,34 +160,33 @@ def damage(kind: str, step: pathlib.Path, chance: random.Random) -> str:
     return str(file.relative_to(step))
 
 
-def interrupt(process: Process, kind: str, place: str, chance: random.Random) -> bool:
-    """Waits for the place, then sends the signal; False where the run was done before."""
+def interrupt(process: Process, kind: str, place: str, chance: random.Random) -> None:
+    """Waits for the place, then sends the signal, unless the run was done before."""
     folder, done = process.folder, steps_done(process.folder)
     late = chance.random()
     target = done + chance.randint(1, 8)
     if kind == "SIGKILL in a save":
         # One save or several from now, in the middle of it.
         if not process.wait_for(lambda: steps_done(folder) >= max(target, 0) and saves(folder)):
-            return False
+            return
         time.sleep(late * 0.02)
     elif place == "start":
         time.sleep(late * 3)
     elif place == "warm start" and done < 0:
         if not process.wait_for(lambda: any(line.startswith("addition:") for line in process.out)):
-            return False
+            return
         time.sleep(late * 1.5)
     else:
         if place == "evaluation":
             target = -(-max(target, 0) // EVALUATE) * EVALUATE
         if not process.wait_for(lambda: steps_done(folder) >= target):
-            return False
+            return
         time.sleep(late * 0.3)
     if kind == "SIGSTOP, SIGKILL":
         process.send(signal.SIGSTOP)
         time.sleep(late)
     name = kind.split(",")[0] if kind.startswith(("SIGTERM", "SIGINT")) else "SIGKILL"
     process.send(getattr(signal, name))
-    return True
 
 
 def resumed_from(output: list[str]) -> int:
@@ -203,24 +203,29 @@ class Tally:
         self.lost = self.named = self.harmless = self.restarts = 0
         self.differences: list[str] = []
 
+    def add(self, other: "Tally") -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
-def interrupted_run(index: int, seed: int, start, reference: pathlib.Path, left: int, tally: Tally):
-    """One run with at most `left` interruptions, compared with the reference at its end."""
+
+def interrupted_run(index: int, seed: int, start, reference: pathlib.Path, most: int) -> Tally:
+    """One run with at most so many interruptions, compared with the reference at its end."""
+    tally = Tally()
     chance = random.Random(f"{seed} {index}")
     folder, pending, harmed = reference.parent / f"run-{index}", None, None
-    for _ in range(left):
+    for _ in range(most):
         kind, place = chance.choice(KINDS), chance.choice(PLACES)
         process = start(folder)
-        sent = interrupt(process, kind, place, chance)
+        interrupt(process, kind, place, chance)
         code = process.end()
         pending, harmed = account(process, pending, harmed, tally)
-        if not sent and code == 0:
+        if code == 0:  # the run was done before the signal came, which then does not count
             break
         kills = "SIGKILL" in kind
         allowed = {-signal.SIGKILL} if kills else {75, -signal.SIGTERM, -signal.SIGINT, 130}
-        if code not in allowed | {0}:
+        if code not in allowed:
             tally.differences.append(f"run {index}: {kind} ended with {code}: {process.errors}")
-            return
+            return tally
         pending = steps_done(folder)
         steps = whole(folder)
         if "newest" in kind and len(steps) < 2:
@@ -238,12 +243,13 @@ def interrupted_run(index: int, seed: int, start, reference: pathlib.Path, left:
         pending, harmed = account(process, pending, harmed, tally)
         if code != 0:
             tally.differences.append(f"run {index}: ended with {code}: {process.errors}")
-            return
+            return tally
     difference = checkpoint.compare(str(reference), str(folder))
     if difference or saves(folder):
         tally.differences.append(f"run {index}: {difference or 'unfinished saves are left'}")
     else:
         shutil.rmtree(folder)
+    return tally
 
 
 def account(process: Process, pending: int | None, harmed: str | None, tally: Tally):
@@ -264,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--interruptions", type=int, default=100)
     parser.add_argument("--in-a-run", type=int, default=7, help="at most so many in one run")
+    parser.add_argument("--jobs", type=int, default=1, help="so many runs at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, help="kept; a temporary one without it")
     parser.add_argument("--save", action="store_true", help="keep the result under results/")
@@ -289,10 +296,16 @@ def main() -> None:
         process = start(reference)
         if process.end() != 0:
             raise SystemExit("".join(process.errors))
-        tally, runs = Tally(), 0
-        while (left := args.interruptions - tally.by_kind.total()) > 0 and not tally.differences:
-            interrupted_run(runs, args.seed, start, reference, min(left, args.in_a_run), tally)
-            runs += 1
+        tally, runs, most = Tally(), 0, args.in_a_run
+        while tally.by_kind.total() < args.interruptions and not tally.differences:
+            with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+                done = pool.map(
+                    lambda index: interrupted_run(index, args.seed, start, reference, most),
+                    range(runs, runs + args.jobs),
+                )
+                for part in done:
+                    tally.add(part)
+            runs += args.jobs
     measure.table([{"kind": kind, "times": times} for kind, times in tally.by_kind.items()])
     for difference in tally.differences:
         print(difference)

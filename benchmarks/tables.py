@@ -194,6 +194,22 @@ BENCHMARKS: dict[str, tuple[Column, ...]] = {
         Column("compilations", key("compilations"), plain),
         *PLACE,
     ),
+    "packing": (
+        CASE,
+        *(Column(f"{title}{end}", key(lengths, name), form)
+          for lengths, end in (("skewed", ""), ("equal", ", equal lengths"))
+          for title, name, form in (
+              ("time, of padded", "time_ratio", plain),
+              ("CPU time", "cpu_time_ratio", plain),
+              ("temporary memory", "temp_bytes_ratio", plain),
+              ("padding, padded", "padding_fraction_padded", percent),
+              ("packed", "padding_fraction_packed", percent))),
+        Column("columns of the published sizes", key("columns_ratio"), percent),
+        Column("shapes", lambda r: f"{r['shapes_packed']} in {r['batches']} steps"),
+        Column("padded", key("shapes_padded")),
+        Column("load", key("load_average"), plain),
+        *PLACE,
+    ),
     "step_overhead": (
         CASE,
         Column("FLOPs, of plain AdamW", key("flops_ratio"), lambda v: f"{v:.6f}",

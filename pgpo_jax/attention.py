@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pgpo_jax import sharding
 from pgpo_jax.errors import InputError
@@ -21,6 +21,7 @@ def attend(
     key: Float[Array, "row time kv_head head_dim"],
     value: Float[Array, "row time kv_head head_dim"],
     *,
+    segments: Int[Array, "row time"] | None = None,
     window: int | None = None,
     kernel: Kernel = "auto",
     mesh: Mesh | None = None,
@@ -34,13 +35,16 @@ def attend(
       query: `[row, time, head, head_dim]`.
       key: `[row, time, kv_head, head_dim]`; several heads share a key head.
       value: As `key`.
+      segments: The number of each token's sequence, where a row holds several; a token sees those
+        of its own sequence only.
       window: A token sees itself and `window - 1` tokens before it; None = all before it.
       kernel: `auto` takes splash on TPU for rows of at least 1024 tokens, filled up to blocks of
-        512, cudnn on a GPU in 16 bits, else xla.
+        512, cudnn on a GPU in 16 bits and without segments, which it does not know, else xla.
       mesh: Over which rows and heads are split; only `splash` must be told.
 
     Raises:
-      InputError: `splash` was asked for, and the length of a row does not divide into its blocks.
+      InputError: `splash` was asked for, and the length of a row does not divide into its blocks,
+        or `cudnn`, for rows of several sequences.
     """
     time, head_dim = query.shape[1], query.shape[-1]
     if kernel == "auto":
@@ -50,16 +54,25 @@ def attend(
             # Rows end in padding that no token sees: more of it fills the last block.
             fill = ((0, 0), (0, -time % BLOCK), (0, 0), (0, 0))
             query, key, value = (jnp.pad(x, fill) for x in (query, key, value))
+            if segments is not None:
+                segments = jnp.pad(segments, fill[:2])
         elif platform == "gpu" and query.dtype.itemsize == 2 and head_dim % 8 == 0:
-            kernel = "cudnn" if head_dim <= 128 else "xla"
+            kernel = "cudnn" if head_dim <= 128 and segments is None else "xla"
         else:
             kernel = "xla"
     if kernel == "splash":
-        return _splash(query, key, value, window, mesh)[:, :time]
+        return _splash(query, key, value, segments, window, mesh)[:, :time]
+    if kernel == "cudnn" and segments is not None:
+        raise InputError(
+            "attention: got cudnn for rows of several sequences, which it does not keep apart; "
+            "choose auto or xla, or data.packing never"
+        )
+    same = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
     return jax.nn.dot_product_attention(
         query,
         key,
         value,
+        mask=same,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
         implementation=kernel,
@@ -95,7 +108,14 @@ def attend_cached(
     return jnp.moveaxis(out, 0, 1).reshape(query.shape)
 
 
-def _splash(query: Array, key: Array, value: Array, window: int | None, mesh: Mesh | None) -> Array:
+def _splash(
+    query: Array,
+    key: Array,
+    value: Array,
+    segments: Array | None,
+    window: int | None,
+    mesh: Mesh | None,
+) -> Array:
     """Splash attention: blockwise on TPU, skipping the blocks that the mask leaves empty."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -120,7 +140,7 @@ def _splash(query: Array, key: Array, value: Array, window: int | None, mesh: Me
         mask = splash.LocalMask((time, time), (window - 1, 0), 0)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
-    def rows(query: Array, key: Array, value: Array) -> Array:
+    def rows(query: Array, key: Array, value: Array, *segments: Array) -> Array:
         """On one device: its rows and its heads."""
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * query.shape[2]),
@@ -129,11 +149,13 @@ def _splash(query: Array, key: Array, value: Array, window: int | None, mesh: Me
         )
         scaled = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
         heads_first = (jnp.swapaxes(x, 1, 2) for x in (scaled, key, value))
-        out: Any = jax.vmap(kernel)(*heads_first)
+        ids = [splash.SegmentIds(numbers, numbers) for numbers in segments]
+        out: Any = jax.vmap(kernel)(*heads_first, *ids)
         return jnp.swapaxes(out, 1, 2).astype(query.dtype)
 
+    numbers = () if segments is None else (segments,)
     if mesh is None or mesh.size == 1:
-        return rows(query, key, value)
+        return rows(query, key, value, *numbers)
     parts, kv_heads = mesh.shape["tensor"], key.shape[2]
     if kv_heads % parts and parts % kv_heads == 0:  # more parts than key heads: every part gets one
         key, value = (jnp.repeat(x, parts // kv_heads, axis=2) for x in (key, value))
@@ -143,7 +165,7 @@ def _splash(query: Array, key: Array, value: Array, window: int | None, mesh: Me
             f"{kv_heads} key heads evenly or not at all"
         )
     spec = sharding.spec(("row", None, "heads", None), query.shape, mesh)
-    split = jax.shard_map(
-        rows, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
-    )
-    return split(query, key, value)
+    by_row = sharding.spec(("row", None), query.shape[:2], mesh)
+    in_specs = (spec, spec, spec) + (by_row,) * len(numbers)
+    split = jax.shard_map(rows, mesh=mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
+    return split(query, key, value, *numbers)

@@ -468,8 +468,9 @@ def _unreadable(folder: Any, why: str) -> Damaged:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    first, *_ = str(error).strip().splitlines() or [""]
+    first = first.partition(" See full TensorStore details")[0][:300]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _plain(error: BaseException) -> str:

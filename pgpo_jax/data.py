@@ -10,12 +10,13 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pgpo_jax.errors import InputError, require
+from pgpo_jax.objectives import Judged
 
 Host = np.ndarray
 Either = Array | np.ndarray
@@ -87,8 +88,8 @@ class Batch(NamedTuple):
     """True where the teacher got a demonstration or feedback."""
     sampler_log_probs: Float[Either, "row time"]
     """Log-probabilities of the sampled tokens as the sampler saw them, nats."""
-    rewards: Float[Either, " row"] | None = None
-    """What the verifier gave, for objectives that read it (`objectives`)."""
+    judged: Judged | None = None
+    """What the rewards say, for objectives that read it."""
     evidence: Evidence | None = None
     """Prompts with final answers in them, for objectives that need them."""
 
@@ -102,6 +103,16 @@ class DataConfig:
 
     micro_batches: int = 1
     """Parts that a step's rows are worked through in, to save memory; changes no number."""
+
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Whether several prompts with their responses share a row of the update (`packing.py`).
+
+    Padded, every row is as wide as the batch's longest prompt and longest response. `auto` packs a
+    batch where that saves a fifth of the columns: less is not worth the further shapes, each of
+    which is a compilation. It goes by the batch alone, so a resumed run decides alike. On a GPU
+    `auto` does not pack, for cudnn's attention cannot keep the sequences of a row apart; `always`
+    takes XLA's there. Only the order of sums differs; micro-batches may become fewer.
+    """
 
     max_prompt_length: int = 2048
     """Longest question prompt in tokens; a longer one is an error, never cut."""
@@ -119,21 +130,22 @@ class DataConfig:
         )
 
 
-def bucket(length: int, maximum: int) -> int:
+def bucket(length: int, maximum: int, least: int = 16) -> int:
     """The padded size for `length` tokens: 16, 24, 32, 48, 64, 96, ... and never above `maximum`.
 
     Powers of two and their three-quarters waste at most a third and leave two sizes per octave, so
-    a run compiles a function a few times and not once per step.
+    a run compiles a function a few times and not once per step. The sizes begin at `least`, a power
+    of two.
 
     Raises:
         ValueError: if `length` is longer than `maximum`.
     """
     if length > maximum:
         raise ValueError(f"length: got {length} tokens, must be at most {maximum}")
-    power = 16
+    power = least
     while power < length:
         power *= 2
-    size = power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power
+    size = power * 3 // 4 if power > least and length <= power * 3 // 4 else power
     return min(size, maximum)
 
 
@@ -289,7 +301,7 @@ def batch_indices(
 def make_batch(
     rollouts: Rollouts,
     contexts: Contexts,
-    rewards: Sequence[Sequence[float]] | None = None,
+    judged: Judged | None = None,
     evidence: Evidence | None = None,
 ) -> Batch:
     """Joins rollouts and teacher contexts into rows; a prompt is repeated for its group.
@@ -297,7 +309,7 @@ def make_batch(
     Args:
         rollouts: the responses.
         contexts: what the teacher sees before each.
-        rewards: ``[question][sample]``, for objectives that read them.
+        judged: what the rewards say (`objectives.judge`).
         evidence: for objectives that need it.
 
     Raises:
@@ -319,6 +331,6 @@ def make_batch(
         response_mask=np.asarray(rollouts.response_mask).reshape(rows, time),
         has_context=contexts.has_context,
         sampler_log_probs=np.asarray(rollouts.log_probs).reshape(rows, time),
-        rewards=None if rewards is None else np.asarray(rewards, np.float32).reshape(rows),
+        judged=judged,
         evidence=evidence,
     )

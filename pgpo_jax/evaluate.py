@@ -43,6 +43,9 @@ class EvaluationConfig:
     """Questions answered at a time."""
     preflight_questions: int = 32
     """Held-out questions asked with and without a demonstration before training; 0 = none."""
+    teacher_questions: int = 0
+    """Held-out questions that the teacher answers at every evaluation with a right answer in its
+    prompt (`eval/teacher_with_demonstration`): whether it can still use one; 0 = none."""
 
     def __post_init__(self):
         require(
@@ -55,6 +58,7 @@ class EvaluationConfig:
             questions=(self.questions is None or self.questions >= 1, "at least 1, or null"),
             questions_per_batch=(self.questions_per_batch >= 1, "at least 1"),
             preflight_questions=(self.preflight_questions >= 0, "at least 0"),
+            teacher_questions=(self.teacher_questions >= 0, "at least 0"),
         )
 
 
@@ -263,7 +267,7 @@ def main(argv: Sequence[str]) -> int:
     """Evaluates the newest student of a run, or the model itself where there is no run."""
     # A command composes what stands above the library it belongs to.
     from pgpo_jax.config import from_command_line
-    from pgpo_jax.train import checkpoint_folder, load_run
+    from pgpo_jax.loading import checkpoint_folder, load_run
 
     config = from_command_line(argv, "evaluate")
     run = load_run(config)

@@ -129,6 +129,12 @@ def token_weights(
 ) -> Float[Array, "batch time"]:
     """The weights of `reduce`. They sum to 1, or to 0 when no response counts."""
     lengths = jnp.sum(response_mask, axis=-1)
+    return response_mask * response_weights(lengths, sample_mask)[:, None]
+
+
+def response_weights(
+    lengths: Int[Array, " batch"], sample_mask: Bool[Array, " batch"]
+) -> Float[Array, " batch"]:
+    """The weight that `token_weights` gives each token of a response of so many tokens."""
     counts = sample_mask & (lengths > 0)
-    per_response = counts / (jnp.maximum(lengths, 1) * jnp.maximum(jnp.sum(counts), 1))
-    return response_mask * per_response[:, None]
+    return counts / (jnp.maximum(lengths, 1) * jnp.maximum(jnp.sum(counts), 1))

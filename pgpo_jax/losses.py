@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pgpo_jax import distributions
 from pgpo_jax.errors import require
@@ -158,11 +158,19 @@ def token_weights(
     responses, those without a teacher context included; `token_mean` gives 1 / (number of tokens
     that count).
     """
-    counts = response_mask & sample_mask[:, None]
+    lengths = jnp.sum(response_mask, axis=-1)
+    return response_mask * response_weights(lengths, sample_mask, mode)[:, None]
+
+
+def response_weights(
+    lengths: Int[Array, " batch"],
+    sample_mask: Bool[Array, " batch"],
+    mode: Aggregation = "sequence_mean",
+) -> Float[Array, " batch"]:
+    """The weight that `token_weights` gives each token of a response of so many tokens."""
     if mode == "token_mean":
-        return counts / jnp.maximum(jnp.sum(counts), 1)
-    lengths = jnp.sum(response_mask, axis=-1, keepdims=True)
-    return counts / (jnp.maximum(lengths, 1) * response_mask.shape[0])
+        return sample_mask / jnp.maximum(jnp.sum(sample_mask * lengths), 1)
+    return sample_mask / (jnp.maximum(lengths, 1) * lengths.shape[0])
 
 
 def aggregate(

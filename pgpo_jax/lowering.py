@@ -18,6 +18,7 @@ from pgpo_jax.config import Config
 from pgpo_jax.data import Batch, Evidence
 from pgpo_jax.errors import InputError
 from pgpo_jax.model import ModelConfig
+from pgpo_jax.objectives import Judged
 from pgpo_jax.optimizer import make_optimizer
 from pgpo_jax.step import abstract_train_state, make_train_step, train_state_shardings
 
@@ -89,6 +90,11 @@ def make_setup(config: Config, devices: Sequence[Any]) -> Setup:
     Raises:
       InputError: The configuration's mesh, micro-batches and slots do not suit the devices.
     """
+    if config.teacher.path is not None:
+        raise InputError(
+            f"teacher.path: got {config.teacher.path}; a plan counts a teacher of the student's "
+            "own size, so plan with --teacher.path null --teacher.refresh frozen"
+        )
     architecture, mesh = architecture_of(config.model), sharding.make_mesh(config.mesh, devices)
     if mesh.size != len(devices):
         raise InputError(
@@ -157,7 +163,7 @@ def abstract_batch(setup: Setup) -> Batch:
         response_mask=array(jnp.bool_, setup.response),
         has_context=array(jnp.bool_),
         sampler_log_probs=array(jnp.float32, setup.response),
-        rewards=array(jnp.float32),
+        judged=Judged(array(jnp.bool_), array(jnp.float32), array(jnp.float32)),
         evidence=evidence,
     )
 
@@ -176,8 +182,6 @@ def lower_train_step(setup: Setup, alpha: float | None = None) -> jax.stages.Low
         train_state_shardings(params, optimizer),
         objective=config.objective,
         teacher_config=config.teacher,
-        num_samples=config.sampling.num_samples,
-        threshold=config.reprompt.threshold,
         micro_batches=config.data.micro_batches,
         vocab_size=config.sampling.vocab_size,
         estimators=config.metrics.estimators,

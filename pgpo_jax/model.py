@@ -183,21 +183,7 @@ class Decoder(nnx.Module):
             # is without keys, and every kernel can be used.
             order = jnp.argsort(~mask, axis=1, stable=True)
             tokens = jnp.take_along_axis(tokens, order, axis=1)
-        ropes = self._ropes(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :])
-
-        def layer(kind: str, weights: dict[str, Array], x: Array) -> Array:
-            query, key, value = self._project(weights, x, ropes[kind])
-            window = self.config.sliding_window if kind == "sliding_attention" else None
-            options = self.options
-            attended = attend(
-                query, key, value, window=window, kernel=options.attention, mesh=options.mesh
-            )
-            return self._finish(weights, x, attended)
-
-        def step(kind: str, index: Any, weights: dict[str, Array], x: Array) -> Array:
-            return self._remat(functools.partial(layer, kind))(weights, x)
-
-        x = self._final(self._through_layers(step, self._embed(tokens)))
+        x = self._forward(tokens, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :])
         if order is not None:
             x = jnp.take_along_axis(x, jnp.argsort(order, axis=1)[:, :, None], axis=1)
         return x
@@ -217,6 +203,21 @@ class Decoder(nnx.Module):
         tokens = jnp.concatenate([prompts, responses], axis=1)
         mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
         return self.hidden(tokens, mask)[:, prompts.shape[1] - 1 : -1]
+
+    def packed_hidden(
+        self,
+        tokens: Int[Array, "row time"],
+        segments: Int[Array, "row time"],
+        positions: Int[Array, "row time"],
+    ) -> Float[Array, "row time hidden"]:
+        """As `hidden`, of rows that hold several sequences one after the other (`packing`).
+
+        Args:
+          tokens: `[row, time]`.
+          segments: The number of each token's sequence in its row; sequences do not see each other.
+          positions: Of each token in its sequence, from 0.
+        """
+        return self._forward(tokens, positions, segments)
 
     def init_cache(self, rows: int, columns: int, dtype: Any = None) -> Cache:
         """An empty cache; `dtype` is that of keys and values (None: the compute type)."""
@@ -283,6 +284,27 @@ class Decoder(nnx.Module):
         return self._final(x), Cache(keys, values, seen)
 
     # ---- parts ----
+
+    def _forward(self, tokens: Array, positions: Array, segments: Array | None = None) -> Array:
+        """Hidden states of rows without padding but at their end."""
+        ropes, options = self._ropes(positions), self.options
+
+        def layer(kind: str, weights: dict[str, Array], x: Array) -> Array:
+            projected = self._project(weights, x, ropes[kind])
+            window = self.config.sliding_window if kind == "sliding_attention" else None
+            attended = attend(
+                *projected,
+                segments=segments,
+                window=window,
+                kernel=options.attention,
+                mesh=options.mesh,
+            )
+            return self._finish(weights, x, attended)
+
+        def step(kind: str, index: Any, weights: dict[str, Array], x: Array) -> Array:
+            return self._remat(functools.partial(layer, kind))(weights, x)
+
+        return self._final(self._through_layers(step, self._embed(tokens)))
 
     def _embed(self, tokens: Array) -> Array:
         # Whole rows of the table: a gather split along its rows' width would first be replicated.

@@ -12,14 +12,17 @@ Sources: GRPO (Shao et al., arXiv 2402.03300), CEPO (2605.19436), RLSD (2604.031
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
 from pgpo_jax.errors import require
+
+Either = Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,10 @@ class ObjectiveConfig:
     or exp(token_alpha * i_t), the multiplier token by token."""
     token_alpha: float = 1.0
     """Exponent of `token_weight: information`, per nat."""
+    rehearsal: float = 0.0
+    """Coefficient of a cross-entropy on successes as the teacher reads them, a demonstration in the
+    prompt: nothing else trains the student to use one, and its teacher forgets how. Costs one more
+    forward and backward pass; 0 leaves it out."""
 
     def __post_init__(self):
         finite = {
@@ -87,6 +94,7 @@ class ObjectiveConfig:
                 0 <= self.policy < float("inf") and self.policy + self.distillation > 0,
                 "at least 0, and not 0 together with objective.distillation",
             ),
+            rehearsal=(0 <= self.rehearsal < float("inf"), "at least 0"),
             clip_low=(0 < self.clip_low <= 1, "in (0, 1]"),
             clip_high=(0 < self.clip_high < float("inf"), "positive"),
             advantage_steps=(self.advantage_steps >= 0, "at least 0"),
@@ -127,21 +135,34 @@ def advantage_weight(config: ObjectiveConfig, step: Array) -> Array:
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def group_advantages(
-    rewards: Float[Array, " row"], num_samples: int, scale: bool = True
-) -> Float[Array, " row"]:
-    """Reward minus its group's mean, over its group's standard deviation if `scale`.
+class Judged(NamedTuple):
+    """What the rewards of a group say of each of its responses; made on the host."""
 
-    The deviation is that of a sample (n - 1), plus 1e-4 as in GRPO's usual code, so a group of
-    equal rewards has advantages of 0.
+    success: Bool[Either, " row"]
+    """Whether the reward reaches the threshold."""
+    share: Float[Either, " row"]
+    """The share of successes in the response's group."""
+    advantages: Float[Either, " row"]
+    """The reward relative to the group's."""
+
+
+def judge(rewards: Any, threshold: float = 0.5, scale_advantage: bool = True) -> Judged:
+    """Successes and advantages of `[question, sample]` rewards, in rows.
+
+    An advantage is the reward minus its group's mean, over the group's standard deviation if
+    `scale_advantage`: that of a sample (n - 1), plus 1e-4 as in GRPO's usual code, so that equal
+    rewards give 0.
     """
-    groups = rewards.reshape(-1, num_samples)
-    centred = groups - jnp.mean(groups, axis=1, keepdims=True)
-    if scale:
-        degrees = max(num_samples - 1, 1)
-        deviation = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) / degrees)
-        centred = centred / (deviation + 1e-4)
-    return centred.reshape(-1)
+    rewards = np.asarray(rewards, np.float32)
+    success = rewards >= threshold
+    share = np.broadcast_to(success.mean(axis=1, keepdims=True), rewards.shape)
+    advantages = rewards - rewards.mean(axis=1, keepdims=True)
+    if scale_advantage:
+        degrees = max(rewards.shape[1] - 1, 1)
+        variance = np.square(advantages).sum(axis=1, keepdims=True) / degrees
+        advantages = advantages / (np.sqrt(variance) + 1e-4)
+    rows = (success, share.astype(np.float32), advantages.astype(np.float32))
+    return Judged(*(array.reshape(-1) for array in rows))
 
 
 class Routes(NamedTuple):
@@ -169,25 +190,17 @@ def route(
     )
 
 
-def _spread(success: Array) -> Array:
-    share = jnp.mean(success, axis=1)
-    weights = jnp.sqrt(share * (1 - share))
-    return weights / jnp.maximum(jnp.mean(weights), 1e-12)
-
-
 QUESTION_WEIGHTS: dict[str, Callable[[Array], Array]] = {
-    "uniform": lambda success: jnp.ones(success.shape[0]),
-    "spread": _spread,
+    "uniform": jnp.ones_like,
+    "spread": lambda share: jnp.sqrt(share * (1 - share)),
 }
-"""`[question, sample]` successes (0 or 1) -> `[question]` weights of mean 1, or all 0."""
+"""A group's share of successes -> the weight of its question, before they get mean 1."""
 
 
-def question_weights(
-    config: ObjectiveConfig, success: Bool[Array, " row"], num_samples: int
-) -> Float[Array, " row"]:
-    """The weight of every row's question."""
-    groups = success.reshape(-1, num_samples).astype(jnp.float32)
-    return jnp.repeat(QUESTION_WEIGHTS[config.question_weight](groups), num_samples)
+def question_weights(config: ObjectiveConfig, share: Float[Array, " row"]) -> Float[Array, " row"]:
+    """The weight of every row's question: mean 1 over the batch, or all 0."""
+    weights = QUESTION_WEIGHTS[config.question_weight](share)
+    return weights / jnp.maximum(jnp.mean(weights), 1e-12)
 
 
 # ---- tokens --------------------------------------------------------------------------------------
@@ -201,24 +214,18 @@ TOKEN_WEIGHTS: dict[str, Callable[[Array, Array, float], Array]] = {
 
 def token_weights(
     config: ObjectiveConfig,
-    teacher_entropy: Float[Array, "row time"],
-    terms: Float[Array, "row time"],
-    mask: Bool[Array, "row time"],
-) -> Float[Array, "row time"]:
-    """Weights of mean 1 over each response's tokens; without gradient.
+    teacher_entropy: Float[Array, "*tokens"],
+    terms: Float[Array, "*tokens"],
+) -> Float[Array, "*tokens"]:
+    """The weight of every token, before those of a response get mean 1; without gradient.
 
     Args:
       config: `token_weight` and `token_alpha`.
       teacher_entropy: Nats per token.
       terms: The information estimate's terms, nats per token.
-      mask: True at the tokens of a response.
     """
-    if config.token_weight == "uniform":
-        return jnp.ones(mask.shape, jnp.float32)
     logarithm = TOKEN_WEIGHTS[config.token_weight](teacher_entropy, terms, config.token_alpha)
-    share = jax.nn.softmax(logarithm, axis=1, where=mask)  # NaN where a response is empty
-    weights = jnp.where(mask, share * jnp.sum(mask, axis=1, keepdims=True), 0)
-    return jax.lax.stop_gradient(weights)
+    return jax.lax.stop_gradient(jnp.exp(jnp.clip(logarithm, -50.0, 50.0)))  # sums stay finite
 
 
 class Policy(NamedTuple):

@@ -11,11 +11,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from pgpo_jax import information, losses, objectives, sharding
+from pgpo_jax import information, losses, objectives, packing, sharding
 from pgpo_jax.data import Batch
 from pgpo_jax.fused import distill, score
 from pgpo_jax.objectives import SDPO, ObjectiveConfig, Policy
 from pgpo_jax.optimizer import information_state, init_state, state_shardings
+from pgpo_jax.packing import Packed
 from pgpo_jax.teacher import AVERAGE, TeacherConfig, mix_logits, refresh
 
 
@@ -83,13 +84,11 @@ def make_train_step(
     objective: ObjectiveConfig = SDPO,
     teacher_config: TeacherConfig = AVERAGE,
     teacher_graphdef: nnx.GraphDef | None = None,
-    num_samples: int = 1,
-    threshold: float = 0.5,
     micro_batches: int = 1,
     vocab_size: int | None = None,
     estimators: Sequence[information.Estimator] = (),
     per_token: bool = False,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, "..."]]]]:
+) -> Callable[[TrainState, Batch | Packed], tuple[TrainState, dict[str, Float[Array, "..."]]]]:
     """Builds the jitted update: both forwards, divergence, information, optimizer, teacher.
 
     An update is skipped, the state but for `step` left as it was, when no token adds to the loss
@@ -103,18 +102,16 @@ def make_train_step(
       config: Divergence, estimator, aggregation.
       shardings: Where the state lives (`train_state_shardings`); rows are split over the `data`
         and `fsdp` axes of its mesh.
-      objective: Which loss; the default is SDPO's. Others read `Batch.rewards`, some
+      objective: Which loss; the default is SDPO's. Others read `Batch.judged`, some
         `Batch.evidence`.
       teacher_config: How the teacher follows the student.
       teacher_graphdef: The teacher's model where it is another one, of the same vocabulary.
-      num_samples: Responses of a question, which stand side by side (a group).
-      threshold: A response with at least this reward is a success.
       micro_batches: Parts that the rows of a batch are worked through in. Loss, information and
-        gradients are those of the whole batch, however it is split.
+        gradients are those of the whole batch, however it is split. A `Packed` batch has its own.
       vocab_size: Vocabulary rows from this one on are padding.
       estimators: Further estimators to measure, besides the one that the multiplier reads.
       per_token: Whether to give the divergence of every token too, as `token_divergence`,
-        `[row, time]`, spread as the batch is; outside the response mask it may be anything.
+        in the shape of the batch's `responses`; outside the response mask it may be anything.
 
     Returns:
       `(state, batch) -> (state, measurements)`; the state is donated. Measurements are float32
@@ -125,44 +122,47 @@ def make_train_step(
     vocabulary = {"config": config, "vocab_size": vocab_size, "mesh": mesh}
     vocabulary_pass: Any = functools.partial(distill, **vocabulary)
 
-    def policy_of(batch: Batch, weights, log_probs_after) -> Policy | None:
-        """What the policy gradient reads; `log_probs_after(prompts, mask)` scores the responses."""
+    def policy_of(batch: Batch | Packed, weights, log_probs_in) -> Policy | None:
+        """What the policy gradient reads; `log_probs_in(view)` scores the responses."""
         if not objective.policy:
             return None
         names = ("policy", "advantages", "advantage_weight")
         policy = Policy(*(_flat(weights[name]) for name in names))
-        if not objective.needs_evidence:
-            return policy
-        assert batch.evidence is not None
-        prompts, mask, wrong_prompts, wrong_mask, has_wrong = batch.evidence
-        policy = policy._replace(with_right=log_probs_after(prompts, mask))
+        if objective.needs_evidence:
+            policy = policy._replace(with_right=log_probs_in("right"))
         if objective.advantage == "contrast":
-            policy = policy._replace(
-                with_wrong=log_probs_after(wrong_prompts, wrong_mask),
-                has_wrong=jnp.repeat(has_wrong, batch.responses.shape[1]),
-            )
+            has_wrong = packing.to_tokens(batch, packing.has_wrong(batch))
+            policy = policy._replace(with_wrong=log_probs_in("wrong"), has_wrong=_flat(has_wrong))
         return policy
 
-    def loss_fn(student, teacher, batch: Batch, weights):
-        rows = (batch.responses, batch.response_mask)
+    def rehearse(model, batch: Batch | Packed, weights: Array) -> tuple[Array, Array]:
+        """A term whose gradient is that of the cross-entropy after the teacher's prompts, and this.
+
+        It is the policy gradient of an advantage of 1 on the student's own ratio.
+        """
+        inputs = packing.response_hidden(model, batch, "teacher"), model.head()
+        none = jnp.zeros_like(weights)
+        policy = Policy(weights, advantages=none + 1, advantage_weight=none)
+        fixed = jax.lax.stop_gradient(inputs)
+        term, terms = vocabulary_pass(
+            *(*inputs, *fixed, _flat(batch.responses), none), None, policy, estimators=()
+        )
+        return term, _weighted(-terms.token_log_probs, weights)
+
+    def loss_fn(student, teacher, batch: Batch | Packed, weights):
         tokens, sampled = _flat(batch.responses), _flat(batch.sampler_log_probs)
         model = nnx.merge(graphdef, student)
         teacher_model = nnx.merge(teacher_graphdef or graphdef, teacher)
-        hidden = _flat(model.response_hidden(batch.prompts, batch.prompt_mask, *rows))
-        shown = (batch.teacher_prompts, batch.teacher_prompt_mask, *rows)
-        teacher_hidden = _flat(teacher_model.response_hidden(*shown))
-        teacher_head = teacher_model.head()
+        hidden = packing.response_hidden(model, batch, "student")
+        teaching = packing.response_hidden(teacher_model, batch, "teacher"), teacher_model.head()
         if teacher_config.refresh == "trust_region":
             live = nnx.merge(graphdef, jax.lax.stop_gradient(student))
-            teacher_hidden, teacher_head = mix_logits(
-                *(teacher_hidden, teacher_head),
-                *(_flat(live.response_hidden(*shown)), live.head()),
-                teacher_config.mix,
-            )
-        inputs = (hidden, model.head(), teacher_hidden, teacher_head, tokens)
+            its = packing.response_hidden(live, batch, "teacher"), live.head()
+            teaching = mix_logits(*teaching, *its, teacher_config.mix)
+        inputs = (hidden, model.head(), *teaching, tokens)
 
-        def log_probs_after(prompts, mask):
-            seen = _flat(teacher_model.response_hidden(prompts, mask, *rows))
+        def log_probs_in(view: str):
+            seen = packing.response_hidden(teacher_model, batch, view)
             return score(seen, teacher_model.head(), tokens, **vocabulary)
 
         weight = weights["distillation"]
@@ -170,13 +170,10 @@ def make_train_step(
             _, terms = vocabulary_pass(
                 *jax.lax.stop_gradient(inputs), _flat(weight), estimators=(config.estimator,)
             )
-            weight *= objectives.token_weights(
-                objective,
-                terms.teacher_entropy.reshape(weight.shape),
-                terms.information[config.estimator].reshape(weight.shape),
-                jnp.asarray(batch.response_mask),
-            )
-        policy = policy_of(batch, weights, log_probs_after)
+            gaps = terms.information[config.estimator]
+            raw = objectives.token_weights(objective, terms.teacher_entropy, gaps)
+            weight *= packing.to_mean_1(batch, raw.reshape(weight.shape))
+        policy = policy_of(batch, weights, log_probs_in)
         loss, terms = vocabulary_pass(
             *inputs, _flat(weight), sampled, policy, objective=objective, estimators=wanted
         )
@@ -194,31 +191,36 @@ def make_train_step(
                 for name in estimators
             },
         }
+        measured["loss"] = loss
         if policy is not None:
             measured["loss/policy"] = _weighted(terms.policy, policy.weights)
-        return loss, ({"loss": loss, **measured}, terms.divergence.reshape(batch.responses.shape))
+        if objective.rehearsal:
+            term, measured["loss/rehearsal"] = rehearse(model, batch, _flat(weights["rehearsal"]))
+            loss += term
+        return loss, (measured, terms.divergence.reshape(batch.responses.shape))
 
-    def gradients(student, teacher, batch: Batch, weights):
+    def gradients(student, teacher, batch: Batch | Packed, weights):
         """Summed over micro-batches, whose weights were fixed on the whole batch; and per token."""
         grad_fn = jax.grad(loss_fn, has_aux=True)
-        if micro_batches == 1:
+        packed = isinstance(batch, Packed)
+        count = packing.micro_batches(batch, mesh) if packed else micro_batches
+        if count == 1:
             return grad_fn(student, teacher, batch, weights)
 
         def accumulate(total, part):
             grads, (measured, divergence) = grad_fn(student, teacher, *part)
             return jax.tree.map(jnp.add, total, (grads, measured)), divergence
 
-        parts = jax.tree.map(
-            functools.partial(_split, parts=micro_batches, mesh=mesh), (batch, weights)
-        )
+        parts = jax.tree.map(functools.partial(_split, parts=count, mesh=mesh), (batch, weights))
         first = jax.tree.map(lambda x: x[0], parts)
         grads, (measured, _) = jax.eval_shape(grad_fn, student, teacher, *first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, measured))
         (grads, measured), divergence = jax.lax.scan(accumulate, zeros, parts)
         return grads, (measured, _join(divergence))
 
-    def train_step(state: TrainState, batch: Batch):
-        weights, active = _weights(config, objective, batch, state.step, num_samples, threshold)
+    def train_step(state: TrainState, batch: Batch | Packed):
+        per_response, active = _weights(config, objective, batch, state.step)
+        weights = {name: packing.to_tokens(batch, x) for name, x in per_response.items()}
         grads, (measured, divergence) = gradients(state.student, state.teacher, batch, weights)
         grad_norm = optax.tree.norm(grads)
         numbers = (measured["loss"], measured["information"], grad_norm)
@@ -247,6 +249,7 @@ def make_train_step(
             "update_norm": update_norm,
             "finite": finite.astype(jnp.float32),
             "skipped": 1.0 - learns,
+            "padding_fraction": packing.padding_fraction(batch),
         }
         if per_token:
             measured["token_divergence"] = divergence
@@ -264,49 +267,49 @@ def make_train_step(
 def _weights(
     config: losses.DistillationConfig,
     objective: ObjectiveConfig,
-    batch: Batch,
+    batch: Batch | Packed,
     step: Array,
-    num_samples: int,
-    threshold: float,
 ) -> tuple[dict[str, Array], Array]:
-    """The weight of every token in the loss and in the measurements, from the whole batch, so that
-    micro-batches cannot change it; and whether the batch adds to the loss at all."""
-    mask, context = jnp.asarray(batch.response_mask), jnp.asarray(batch.has_context)
-    rewards = jnp.zeros(context.shape) if batch.rewards is None else jnp.asarray(batch.rewards)
-    success = rewards >= threshold
-    routes = objectives.route(objective, success, context)
-    token = losses.token_weights(mask, routes.policy | routes.distillation, config.aggregation)
-    distillation = (
-        objectives.distillation_coefficient(objective, step)
-        * objectives.question_weights(objective, success, num_samples)
-        * routes.distillation
+    """The weight of every response's tokens in the loss and in the measurements, from the whole
+    batch, so that micro-batches cannot change it; and whether the batch adds to the loss at all."""
+    lengths, context = packing.response_lengths(batch), jnp.asarray(batch.has_context).ravel()
+    unknown = objectives.Judged(jnp.zeros_like(context), *[jnp.zeros(context.shape)] * 2)
+    judged = jax.tree.map(jnp.ravel, batch.judged or unknown)
+    routes = objectives.route(objective, judged.success, context)
+    per_token = losses.response_weights(
+        lengths, routes.policy | routes.distillation, config.aggregation
     )
     weights = {
-        "distillation": token * distillation[:, None],
-        "context": information.token_weights(mask, context),
-        "every": information.token_weights(mask, jnp.ones_like(context)),
+        "distillation": objectives.distillation_coefficient(objective, step)
+        * objectives.question_weights(objective, judged.share)
+        * per_token
+        * routes.distillation,
+        "context": information.response_weights(lengths, context),
+        "every": information.response_weights(lengths, jnp.ones_like(context)),
     }
-    active = jnp.any(weights["distillation"] != 0)
+    if objective.rehearsal:
+        rehearsed = information.response_weights(lengths, context & judged.success)
+        weights["rehearsal"] = objective.rehearsal * rehearsed
+    counts = lengths > 0
+    active = jnp.any((weights["distillation"] != 0) & counts)
     if objective.policy:
-        advantages = objectives.group_advantages(rewards, num_samples, objective.scale_advantage)
-        evidence = jnp.full(mask.shape[:1], objectives.advantage_weight(objective, step))
+        evidence = jnp.full(context.shape, objectives.advantage_weight(objective, step))
+        matters = judged.advantages != 0
         if objective.advantage == "choice":  # without a context its choice is the student's own
             evidence *= context
+            matters |= evidence != 0  # a gradient even where all rewards are equal
         weights |= {
-            "policy": objective.policy * token * routes.policy[:, None],
-            "advantages": jnp.broadcast_to(advantages[:, None], mask.shape),
-            "advantage_weight": jnp.broadcast_to(evidence[:, None], mask.shape),
+            "policy": objective.policy * per_token * routes.policy,
+            "advantages": judged.advantages,
+            "advantage_weight": evidence,
         }
-        matters = advantages != 0
-        if objective.advantage == "choice":  # gives a gradient even where all rewards are equal
-            matters |= evidence != 0
-        active |= jnp.any((weights["policy"] != 0) & matters[:, None])
+        active |= jnp.any((weights["policy"] != 0) & matters & counts)
     return weights, active
 
 
 def _flat(x: Any) -> Array:
-    """`[row, time, ...]` -> `[row * time, ...]`."""
-    return x.reshape(-1, *x.shape[2:])
+    """`[row, time]` or `[part, token]` -> `[token]`."""
+    return x.reshape(-1)
 
 
 def _weighted(terms: Array, weights: Array) -> Array:
@@ -315,7 +318,10 @@ def _weighted(terms: Array, weights: Array) -> Array:
 
 
 def _split(x: Array, parts: int, mesh: Mesh) -> Array:
-    """Rows -> `[part, row, ...]`, each spread over all devices: row r goes to part r % parts."""
+    """Rows -> `[part, row, ...]`, each spread over all devices: row r goes to part r % parts.
+
+    The first axis of a `Packed` is by device, then by micro-batch, so it is split the same way.
+    """
     x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
     where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
     return jax.lax.with_sharding_constraint(x, where)

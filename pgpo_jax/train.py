@@ -8,28 +8,24 @@ student towards what the teacher would have said.
 import contextlib
 import dataclasses
 import functools
-import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
 from pgpo_jax import config as config_module
-from pgpo_jax import data, hf, sampler, sharding, tasks
+from pgpo_jax import data, objectives, packing, reactions, sharding
 from pgpo_jax.checkpoint import Checkpoints
-from pgpo_jax.checks import check_run
 from pgpo_jax.claim import claim_folder
 from pgpo_jax.config import Config
 from pgpo_jax.data import Contexts, Evidence, Rollouts
 from pgpo_jax.errors import InputError, RunError, command, printable
 from pgpo_jax.evaluate import answer, evaluate, held_out, question_rewards, verify
+from pgpo_jax.loading import Run, check_rows, checkpoint_folder, describe, load_run
 from pgpo_jax.metrics import Writer, count_compilations
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
 from pgpo_jax.reprompt import reprompt, show_answers
@@ -41,7 +37,8 @@ from pgpo_jax.step import (
     make_train_step,
     train_state_shardings,
 )
-from pgpo_jax.tasks import Question, Task
+from pgpo_jax.summary import records, summarise, token_columns
+from pgpo_jax.tasks import Question
 from pgpo_jax.verifiers import Outcome
 from pgpo_jax.warm_start import warm_start
 from pgpo_jax.watch import End, Watch
@@ -53,67 +50,10 @@ STOPPED = 75
 # ---- the run -------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
-    """What a configuration names, loaded."""
-
-    mesh: Mesh
-    task: Task
-    graphdef: nnx.GraphDef
-    params: Any
-    tokenizer: Any
-    sampling: sampler.SamplingConfig
-    """The sampling section with the model's end tokens and vocabulary."""
-    teacher_graphdef: nnx.GraphDef | None = None
-    """The teacher's model, where it is another one (`teacher.path`)."""
-    teacher: Any = None
-    """Its parameters."""
-
-
-def load_run(config: Config) -> Run:
-    """Joins the other processes, arranges the devices, loads task, model and tokenizer."""
-    sharding.initialize(config.distributed)
-    mesh = sharding.make_mesh(config.mesh)
-    task = tasks.load(config.task)
-    graphdef, params, tokenizer = hf.from_section(config.model, mesh, jax.random.key(config.seed))
-    tokenizer = tokenizer or task.tokenizer
-    if tokenizer is None:
-        raise InputError(
-            f"model.path: got none; task {task.name} brings no tokenizer, so give a checkpoint"
-        )
-    sampling = config.sampling
-    if not sampling.end_tokens:
-        ends = hf.end_tokens(config.model.path, tokenizer)
-        sampling = dataclasses.replace(sampling, end_tokens=ends)
-    if sampling.vocab_size is None:  # rows beyond the tokenizer's are padding
-        sampling = dataclasses.replace(sampling, vocab_size=len(tokenizer))
-    architecture = nnx.merge(graphdef, params).config
-    check_run(task, architecture, tokenizer, sampling, config.data, config.reprompt)
-    run = Run(mesh, task, graphdef, params, tokenizer, sampling)
-    if config.teacher.path is None:
-        return run
-    section = dataclasses.replace(config.model, path=config.teacher.path, architecture=None)
-    theirs, teacher, other_tokenizer = hf.from_section(section, mesh, jax.random.key(0))
-    if other_tokenizer is not None and other_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise InputError(
-            f"teacher.path: {config.teacher.path} has another vocabulary than the student; its "
-            "choice of token would mean nothing, so take a teacher of the same family"
-        )
-    if (size := nnx.merge(theirs, teacher).config.vocab_size) != architecture.vocab_size:
-        raise InputError(
-            f"teacher.path: got a model of {size} tokens; the student has {architecture.vocab_size}"
-        )
-    return run._replace(teacher_graphdef=theirs, teacher=teacher)
-
-
-def checkpoint_folder(config: Config) -> str:
-    """Where the checkpoints of a run are."""
-    return config.checkpoint.path or os.path.join(config.output_dir, "checkpoints")
-
-
 def train(config: Config) -> int:
     """Runs, or resumes, a run; returns the exit code."""
     sharding.initialize(config.distributed)
-    _check_rows(config, sharding.make_mesh(config.mesh))  # before a model is loaded
+    check_rows(config, sharding.make_mesh(config.mesh))  # before a model is loaded
     run = load_run(config)
     if config.evaluation.every:
         held_out(run.task, config.evaluation)
@@ -126,22 +66,8 @@ def train(config: Config) -> int:
     batch_indices(step=0)  # too few questions are found now, not after the warm start
     changes = claim_folder(config)
     optimizer = make_optimizer(config.optimizer)
-    train_step = make_train_step(
-        run.graphdef,
-        optimizer,
-        config.distillation,
-        train_state_shardings(run.params, optimizer, run.teacher),
-        objective=config.objective,
-        teacher_config=config.teacher,
-        teacher_graphdef=run.teacher_graphdef,
-        num_samples=config.sampling.num_samples,
-        threshold=config.reprompt.threshold,
-        micro_batches=config.data.micro_batches,
-        vocab_size=run.sampling.vocab_size,
-        estimators=config.metrics.estimators,
-        per_token=config.metrics.samples_per_step > 0,
-    )
-    rates = learning_rate(config.optimizer)
+    shardings = train_state_shardings(run.params, optimizer, run.teacher)
+    train_step = _build(config, run, shardings)
     step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
 
     with contextlib.ExitStack() as stack:
@@ -158,7 +84,7 @@ def train(config: Config) -> int:
         resumed = None if state is None else int(saved["step"])
         # Not before: what is written since the checkpoint is dropped.
         writer = stack.enter_context(_open_writer(config, resumed, saved.get("files")))
-        writer.say(_describe(config, run))
+        writer.say(describe(config, run))
         if state is None:
             state = _first_state(config, run, optimizer, writer)
         else:
@@ -169,17 +95,25 @@ def train(config: Config) -> int:
         ending = watch.end()
         if ending and ending.code:
             ending = None  # whoever comes back after a failure wants to go on
+        reacted = saved.get("reacted", False)
+        now = reactions.react(config) if reacted else config
+        if reacted:
+            train_step = _build(now, run, shardings)
         run = run._replace(params=None, teacher=None)  # the state holds and donates them
 
         def save() -> None:
-            _save(checkpoints, writer, state, {"evaluated": evaluated, "watch": watch.state})
+            counters = {"evaluated": evaluated, "watch": watch.state, "reacted": reacted}
+            _save(checkpoints, writer, state, counters)
 
         @stack.push
         def save_before_a_mistake_ends_it(kind, error, trace) -> None:
             """A reward function that fails after hours costs a line, not the steps since a save."""
             del kind, trace
             if isinstance(error, InputError) and jax.process_count() == 1:
-                save()
+                try:
+                    save()
+                except RunError as failed:  # the mistake is what to mend first
+                    writer.warn(str(failed))
 
         stack.push(_name_the_missing)
 
@@ -187,7 +121,7 @@ def train(config: Config) -> int:
             step = int(state.step)
             done = step == config.steps or ending is not None
             if step != evaluated and _is_due(config, step, done) and not stopping():
-                _evaluate(config, run, state.student, evaluation_key, step, writer, checkpoints)
+                _evaluate(config, run, state, evaluation_key, step, writer, checkpoints)
                 evaluated = step
             ends = (stopped := stopping()) or done
             checkpoints.check()
@@ -198,8 +132,8 @@ def train(config: Config) -> int:
 
             started = time.perf_counter()
             indices = batch_indices(step=step)
-            mine = indices[sharding.host_rows(len(indices))]
-            questions = [run.task.train[int(index)] for index in mine]
+            own = indices[sharding.host_rows(len(indices))]
+            questions = [run.task.train[int(index)] for index in own]
             key = jax.random.fold_in(step_key, step)
             rollouts = _rollout(config, run, state.student, questions, key)
             sampled = time.perf_counter()
@@ -207,21 +141,28 @@ def train(config: Config) -> int:
             contexts = _reprompt(config, run, questions, rollouts, outcomes, step)
             evidence = _show_answers(config, run, questions, rollouts, outcomes)
             prompted = time.perf_counter()
-            rewards = [[outcome.reward for outcome in group] for group in outcomes]
-            batch = data.make_batch(rollouts, contexts, rewards, evidence)
-            batch = sharding.to_global(batch, run.mesh)
+            judged = objectives.judge(
+                [[outcome.reward for outcome in group] for group in outcomes],
+                config.reprompt.threshold,
+                config.objective.scale_advantage,
+            )
+            batch = data.make_batch(rollouts, contexts, judged, evidence)
+            mine = packing.pack(batch, config.data, run.mesh)
+            batch = sharding.to_global(mine, run.mesh)
             updates = int(information_state(state.opt_state).count)
             state, measured = train_step(state, batch)
             divergence = sharding.to_host(measured.pop("token_divergence", None))
+            if divergence is not None:
+                divergence = packing.to_rows(mine, divergence)
             # Nothing is gained by fetching one step late: the next answers need this student.
             measured = {name: float(value) for name, value in jax.device_get(measured).items()}
             ended = time.perf_counter()
 
-            row = _summarise(config, run, rollouts, outcomes, contexts)
+            row = summarise(config, run, rollouts, outcomes, contexts)
             tokens = row.pop("tokens")
             row |= measured | {
                 "skipped/total": step - updates + int(measured["skipped"]),
-                "lr": float(np.asarray(rates(updates))),
+                "lr": float(np.asarray(learning_rate(now.optimizer)(updates))),
                 "time/rollout": sampled - started,
                 "time/reprompt": prompted - sampled,
                 "time/train": ended - prompted,
@@ -234,11 +175,16 @@ def train(config: Config) -> int:
             row["information/running_mean"] = watch.running_information
             if fired:
                 row["alarm"] = ", ".join(alarm.name for alarm in fired)
+            if not reacted and reactions.wanted(config, tuple(alarm.name for alarm in fired)):
+                reacted, now = True, reactions.react(config)
+                row["reaction"] = config.alarms.reaction
+                state = reactions.react_in_state(config, state)
+                train_step = _build(now, run, shardings)
             writer.write(step + 1, row, [alarm.text for alarm in fired])
             writer.samples(
                 step + 1,
-                _records(run, questions, rollouts, outcomes, contexts),
-                lambda row, rollouts=rollouts, divergence=divergence: _per_token(
+                records(run, questions, rollouts, outcomes, contexts),
+                lambda row, rollouts=rollouts, divergence=divergence: token_columns(
                     run, rollouts, divergence, row
                 ),
             )
@@ -256,6 +202,23 @@ def train(config: Config) -> int:
 
 
 # ---- parts of the loop ---------------------------------------------------------------------------
+
+
+def _build(config: Config, run: Run, shardings: TrainState) -> Callable[..., Any]:
+    """The update that a configuration states."""
+    return make_train_step(
+        run.graphdef,
+        make_optimizer(config.optimizer),
+        config.distillation,
+        shardings,
+        objective=config.objective,
+        teacher_config=config.teacher,
+        teacher_graphdef=run.teacher_graphdef,
+        micro_batches=config.data.micro_batches,
+        vocab_size=run.sampling.vocab_size,
+        estimators=config.metrics.estimators,
+        per_token=config.metrics.samples_per_step > 0,
+    )
 
 
 def _open_writer(config: Config, resumed: int | None, sizes: dict[str, int] | None) -> Writer:
@@ -379,12 +342,12 @@ def _show_answers(
     return Evidence(right, right_mask, wrong, wrong_mask, has_wrong)
 
 
-def _evaluate(config, run, student, key, step, writer, checkpoints) -> None:
+def _evaluate(config, run, state, key, step, writer, checkpoints) -> None:
     """Scores the held-out questions, keeps the best student, shows a few answers."""
     started = time.perf_counter()
     metrics, answered = evaluate(
         run.graphdef,
-        student,
+        state.student,
         run.task,
         run.tokenizer,
         key,
@@ -393,9 +356,14 @@ def _evaluate(config, run, student, key, step, writer, checkpoints) -> None:
         config.data,
         run.mesh,
     )
+    if config.evaluation.teacher_questions and run.task.demonstration:
+        questions = run.task.test[: config.evaluation.teacher_questions]
+        graphdef = run.teacher_graphdef or run.graphdef
+        accuracy = _accuracy(config, run, graphdef, state.teacher, key, questions, shown=True)
+        metrics["eval/teacher_with_demonstration"] = accuracy
     metrics["time/evaluate"] = time.perf_counter() - started
     if step == 0 and config.evaluation.preflight_questions and run.task.demonstration:
-        metrics |= _preflight(config, run, student, key, writer)
+        metrics |= _preflight(config, run, state.student, key, writer)
     writer.write(step, metrics)
     asked = len(held_out(run.task, config.evaluation))
     writer.evaluation(step, question_rewards(answered, asked))
@@ -414,33 +382,42 @@ def _evaluate(config, run, student, key, step, writer, checkpoints) -> None:
             ],
         )
     average = metrics[f"eval/avg@{config.evaluation.num_samples}"]
-    checkpoints.save_best(step, student, average)
+    checkpoints.save_best(step, state.student, average)
+
+
+def _accuracy(config, run, graphdef, params, key, questions, *, shown: bool) -> float:
+    """Mean reward on some questions, with or without a right answer in the prompt."""
+    answered = answer(
+        graphdef,
+        params,
+        run.task,
+        run.tokenizer,
+        questions,
+        key,
+        config.evaluation,
+        run.sampling,
+        config.data,
+        run.mesh,
+        {question.key: run.task.demonstration(question) for question in questions}
+        if shown
+        else None,
+        config.reprompt,
+    )
+    rewards = np.array(
+        [[outcome.reward for outcome in group] for group in answered.outcomes], np.float32
+    ).reshape(-1, run.sampling.num_samples)
+    return float(sharding.gather_rows(rewards, len(questions)).mean())
 
 
 def _preflight(config, run, student, key, writer) -> dict[str, float]:
     """Whether the model can use a demonstration: without that its teacher knows no more than it."""
     questions = run.task.test[: config.evaluation.preflight_questions]
-    shown = {question.key: run.task.demonstration(question) for question in questions}
-    accuracy = {}
-    for name, demonstrations in (("plain", None), ("with_demonstration", shown)):
-        answered = answer(
-            run.graphdef,
-            student,
-            run.task,
-            run.tokenizer,
-            questions,
-            key,
-            config.evaluation,
-            run.sampling,
-            config.data,
-            run.mesh,
-            demonstrations,
-            config.reprompt,
+    accuracy = {
+        f"preflight/{name}": _accuracy(
+            config, run, run.graphdef, student, key, questions, shown=shown
         )
-        rewards = np.array(
-            [[outcome.reward for outcome in group] for group in answered.outcomes], np.float32
-        ).reshape(-1, run.sampling.num_samples)
-        accuracy[f"preflight/{name}"] = float(sharding.gather_rows(rewards, len(questions)).mean())
+        for name, shown in (("plain", False), ("with_demonstration", True))
+    }
     plain, helped = accuracy.values()
     writer.say(
         f"pre-flight: {plain:.1%} right without a demonstration in the prompt, {helped:.1%} with"
@@ -451,88 +428,6 @@ def _preflight(config, run, student, key, writer) -> dict[str, float]:
             "does; use a larger model or a warm start"
         )
     return accuracy
-
-
-def _summarise(
-    config: Config,
-    run: Run,
-    rollouts: Rollouts,
-    outcomes: Sequence[Sequence[Outcome]],
-    contexts: Contexts,
-) -> dict[str, Any]:
-    """Metrics of rewards, groups and lengths, over all hosts."""
-    flat = [outcome for group in outcomes for outcome in group]
-    lengths = rollouts.response_mask.sum(-1).reshape(-1)
-    last = np.take_along_axis(rollouts.responses.reshape(len(lengths), -1), lengths[:, None] - 1, 1)
-    cut = ~np.isin(last[:, 0], run.sampling.end_tokens)
-    columns = np.array(
-        [
-            (
-                outcome.reward,
-                outcome.reward >= config.reprompt.threshold,
-                outcome.well_formed,
-                outcome.failed,
-                has_context,
-                length,
-                is_cut,
-            )
-            for outcome, has_context, length, is_cut in zip(
-                flat, contexts.has_context, lengths, cut, strict=True
-            )
-        ],
-        np.float32,
-    )
-    samples = config.sampling.num_samples
-    total = config.data.questions_per_step * samples
-    reward, success, well_formed, failed, context, length, clipped = sharding.gather_rows(
-        columns, total
-    ).T
-    return {
-        "reward/mean": float(reward.mean()),
-        "reward/std": float(reward.std()),
-        "reward/failed": float(failed.mean()),
-        "format": float(well_formed.mean()),
-        "success_group_fraction": float(success.reshape(-1, samples).any(-1).mean()),
-        "context_fraction": float(context.mean()),
-        "context_shortened": float(contexts.shortened),
-        "response_length/mean": float(length.mean()),
-        "response_length/max": float(length.max()),
-        "response_length/clip_fraction": float(clipped.mean()),
-        "tokens": float(length.sum()),
-    }
-
-
-def _records(run, questions, rollouts, outcomes, contexts) -> list[dict[str, Any]]:
-    """This host's responses for samples.jsonl, with what the teacher saw."""
-    samples = len(rollouts.texts[0])
-    return [
-        {
-            "key": question.key,
-            "prompt": question.messages[-1]["content"],
-            "response": rollouts.texts[i][j],
-            "answer": question.answer,
-            "reward": outcomes[i][j].reward,
-            "feedback": outcomes[i][j].feedback,
-            "has_context": bool(contexts.has_context[i * samples + j]),
-            "teacher_prompt": contexts.texts[i * samples + j],
-        }
-        for i, question in enumerate(questions)
-        for j in range(samples)
-    ]
-
-
-def _per_token(run: Run, rollouts: Rollouts, divergence: np.ndarray, row: int) -> dict[str, Any]:
-    """The texts of a response's tokens, and the divergence at each in nats."""
-    mask = rollouts.response_mask.reshape(-1, rollouts.response_mask.shape[-1])[row]
-    tokens, places = np.unique(
-        rollouts.responses.reshape(-1, mask.size)[row][mask], return_inverse=True
-    )
-    texts = run.tokenizer.batch_decode(tokens[:, None].tolist(), clean_up_tokenization_spaces=False)
-    values = divergence[row][mask].tolist()
-    return {
-        "tokens": [texts[place] for place in places],
-        "divergence": [round(value, 4) if math.isfinite(value) else None for value in values],
-    }
 
 
 def _is_due(config: Config, step: int, done: bool) -> bool:
@@ -589,29 +484,6 @@ def _name_the_missing(kind, error, trace) -> bool:
                 f"error: a process is gone: {missing}".splitlines()[0], file=sys.stderr, flush=True
             )
     return False  # the exception goes on
-
-
-def _check_rows(config: Config, mesh: Mesh) -> None:
-    """Rows must divide over micro-batches, devices and hosts; found before anything is computed."""
-    parts, hosts = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
-    questions, micro_batches = config.data.questions_per_step, config.data.micro_batches
-    rows = questions * config.sampling.num_samples
-    if questions % hosts or rows % (parts * micro_batches):
-        raise InputError(
-            f"data.questions_per_step: got {questions} (x {config.sampling.num_samples} samples = "
-            f"{rows} rows); must divide by {hosts} hosts, and rows by {parts} devices (data x fsdp)"
-            f" x {micro_batches} micro-batches"
-        )
-
-
-def _describe(config: Config, run: Run) -> str:
-    size = sum(leaf.size for leaf in jax.tree.leaves(run.params))
-    shape = " x ".join(f"{name} {count}" for name, count in run.mesh.shape.items())
-    device = run.mesh.devices.flat[0].device_kind
-    return (
-        f"{run.task.name}: {len(run.task.train):,} questions, {len(run.task.test):,} held out; "
-        f"{size:,} parameters on {run.mesh.size} {device} ({shape}); {config.steps} updates"
-    )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -25,6 +25,8 @@ Name = Literal[
     "information",
 ]
 
+Reaction = Literal["none", "lower_rate", "freeze_teacher", "refresh_teacher", "rehearse"]
+
 
 @dataclass(frozen=True)
 class AlarmsConfig:
@@ -33,6 +35,11 @@ class AlarmsConfig:
     stop_on: tuple[Name, ...] = ()
     """Alarms at which the run saves and ends, with exit code 0; the others only warn. All of them
     are named in metrics.jsonl where they fire, as `alarm`."""
+    react_on: tuple[Name, ...] = ("information",)
+    """Alarms at which the run reacts, the first time one of them fires."""
+    reaction: Reaction = "none"
+    """What it does from the next update on: a tenth of the learning rate, a teacher that stays as
+    it is, one that becomes the student once, or `objective.rehearsal` of 1."""
     window: int = 10
     """Steps, about, over which the means are taken that the falls, the surge and `information`
     read (exponentially weighted); so many steps pass before the first fall or surge."""
@@ -104,6 +111,13 @@ def _is_zero(name: str) -> Callable[[Row], bool]:
     return lambda row: row.get(name) == 0
 
 
+def _learns_nothing(row: Row) -> bool:
+    """Skipped with finite numbers; a row that does not say so is judged by its contexts."""
+    if "skipped" in row:
+        return row["skipped"] == 1 and row.get("finite") == 1
+    return row.get("context_fraction") == 0
+
+
 def _at_least(name: str, least: float) -> Callable[[Row], bool]:
     return lambda row: is_number(row.get(name)) and row[name] >= least
 
@@ -119,12 +133,13 @@ CONDITIONS: dict[Name, Condition] = {
         "again, lower optimizer.learning_rate and look at the newest rows of samples.jsonl",
     ),
     "inactive": Condition(
-        _is_zero("context_fraction"),
+        _learns_nothing,
         3,
         "no response succeeded and there was no feedback, so the teacher saw nothing that the "
-        "student did not and nothing is learned (a loss of 0 means this, not success); see in "
-        "samples.jsonl whether the answers have the form the verifier reads, else take easier "
-        "questions, a larger sampling.num_samples, or a warm start",
+        "student did not and nothing is learned (a loss of 0 means this, not success; for a policy "
+        "gradient it means equal rewards within every question); see in samples.jsonl whether the "
+        "answers have the form the verifier reads, else take easier questions, a larger "
+        "sampling.num_samples, or a warm start",
     ),
     "flat": Condition(
         lambda row: _is_zero("reward/std")(row) and not _is_zero("context_fraction")(row),

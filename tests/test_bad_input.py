@@ -94,7 +94,28 @@ ROOT = Path(__file__).parent.parent
         ),
         "no such choice": (
             "distillation: {kind: kl}",
-            "distillation.kind: got 'kl'; must be one of forward_kl, reverse_kl, jsd, sampled",
+            "distillation.kind: got 'kl'; must be one of forward_kl, reverse_kl, jsd, sampled, "
+            "choice",
+        ),
+        "an objective of nothing": (
+            "objective: {distillation: 0}",
+            "objective.policy: got 0.0; must be at least 0, and not 0 together with "
+            "objective.distillation",
+        ),
+        "a policy gradient for groups of one": (
+            "objective: {policy: 1}\nsampling: {num_samples: 1}",
+            "sampling.num_samples: got 1; objective.policy compares the responses of a question, "
+            "so it needs at least 2",
+        ),
+        "another teacher that follows": (
+            "teacher: {path: models/large}",
+            "teacher.refresh: got 'ema'; must be frozen where teacher.path names another model",
+        ),
+        "a mixture beyond 1": ("teacher: {mix: 2}", "teacher.mix: got 2.0; must be in [0, 1]"),
+        "no such reaction": (
+            "alarms: {reaction: restart}",
+            "alarms.reaction: got 'restart'; must be one of none, lower_rate, freeze_teacher, "
+            "refresh_teacher, rehearse",
         ),
         "out of range": ("seed: -1", "seed: got -1; must be at least 0"),
         "no such alarm": (

@@ -60,6 +60,17 @@ def test_what_the_multiplier_costs_is_measured(run):
     assert result["flops_ratio"] < 1.005
 
 
+@pytest.mark.slow
+def test_packed_and_padded_updates_are_compared_where_it_helps_and_where_not(run):
+    result = run("packing", "--preset", "tiny", "--repeats", "1", "--batches", "2")
+    for lengths, packed in (("skewed", True), ("equal", False)):
+        assert result[lengths]["packed_by_auto"] == packed
+        assert result[lengths]["cpu_time_ratio"] > 0
+    assert result["skewed"]["padding_fraction_packed"] < result["skewed"]["padding_fraction_padded"]
+    assert result["equal"]["padding_fraction_packed"] == 0
+    assert result["columns_ratio"] < 0.5
+
+
 def test_tables_say_which_targets_were_missed(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(FOLDER))
     tables = importlib.import_module("tables")

@@ -92,7 +92,8 @@ def test_two_and_four_processes_give_the_losses_of_one(write, tmp_path):
         mine = divergences(tmp_path, f"processes-{count}")
         assert mine
         for place, values in mine.items():
-            assert values == pytest.approx(everything[place], abs=2e-4)  # they are rounded
+            # Up to 5e-6 in this untrained model, of which 1e-7 is float32's rounding.
+            assert values == pytest.approx(everything[place], rel=0.05, abs=5e-7)
 
 
 @pytest.mark.slow

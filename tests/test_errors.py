@@ -31,6 +31,15 @@ def test_an_input_error_is_one_line_and_code_two(capsys):
     assert err == "error: model.path: got 'x' (no such folder); give a folder\n"
 
 
+def test_what_the_world_causes_is_one_line_and_code_one(capsys):
+    def main(argv):
+        raise errors.RunError("checkpoints: step 3 could not be saved (No space left on device)")
+
+    assert exit_code(main) == 1
+    err = capsys.readouterr().err
+    assert err == "error: checkpoints: step 3 could not be saved (No space left on device)\n"
+
+
 def test_other_errors_pass_through():
     def main(argv):
         raise ValueError("a defect of ours")

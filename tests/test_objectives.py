@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgpo_jax import fused, losses, objectives, sharding
+from pgpo_jax import data, fused, losses, objectives, packing, sharding
 from pgpo_jax.objectives import ObjectiveConfig, Policy
 
 TOKENS, EMBED, VOCAB = 24, 6, 20
@@ -40,11 +40,15 @@ def terms(policy=POLICY, **config):
 
 
 def test_advantages_are_relative_to_the_group():
-    rewards = jnp.array([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    rewards = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
+    judged = objectives.judge(rewards)
     expected = [0.75 / (0.5 + 1e-4), *[-0.25 / (0.5 + 1e-4)] * 3, 0, 0, 0, 0]
-    np.testing.assert_allclose(objectives.group_advantages(rewards, 4), expected, rtol=1e-5)
-    plain = objectives.group_advantages(rewards, 4, scale=False)
-    np.testing.assert_allclose(plain, [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0])
+    np.testing.assert_allclose(judged.advantages, expected, rtol=1e-5)
+    assert judged.success.tolist() == [True, False, False, False, True, True, True, True]
+    assert judged.share.tolist() == [0.25] * 4 + [1.0] * 4
+    plain = objectives.judge(rewards, threshold=1.5, scale_advantage=False)
+    np.testing.assert_allclose(plain.advantages, [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0])
+    assert not plain.success.any()
 
 
 def test_the_surrogate_is_that_of_ppo():
@@ -126,28 +130,33 @@ def test_the_router_sends_every_row_at_most_one_way():
 
 
 def test_question_weights_have_mean_1_and_favour_what_is_half_solved():
-    success = jnp.array([1, 1, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0], bool)
+    share = jnp.repeat(jnp.array([1.0, 0.5, 0.25]), 4)
     config = ObjectiveConfig(question_weight="spread")
-    weights = objectives.question_weights(config, success, 4).reshape(3, 4)
     raw = np.sqrt([0, 0.25, 0.1875])
-    np.testing.assert_allclose(weights, np.repeat((raw / raw.mean())[:, None], 4, 1), rtol=1e-6)
-    nothing = objectives.question_weights(config, jnp.zeros(8, bool), 4)
-    assert nothing.tolist() == [0] * 8
-    assert objectives.question_weights(ObjectiveConfig(), success, 4).tolist() == [1] * 12
+    expected = np.repeat(raw / raw.mean(), 4)
+    np.testing.assert_allclose(objectives.question_weights(config, share), expected, rtol=1e-6)
+    assert objectives.question_weights(config, jnp.zeros(8)).tolist() == [0] * 8
+    assert objectives.question_weights(ObjectiveConfig(), share).tolist() == [1] * 12
 
 
 @pytest.mark.parametrize("kind", ["certainty", "information"])
 def test_token_weights_have_mean_1_over_every_response(kind):
-    mask = jnp.arange(6)[None] < jnp.array([[6], [1], [3], [0]])
-    entropy, gaps = jnp.abs(normal(4, 6)), normal(4, 6)
+    lengths = np.array([[6], [1], [3], [0]])
+    mask = np.arange(6)[None] < lengths
+    entropy, gaps = jnp.abs(normal(4, 6)), normal(4, 6).at[0, 5].set(1e6)
     config = ObjectiveConfig(token_weight=kind, token_alpha=2.0)
-    weights = objectives.token_weights(config, entropy, gaps, mask)
+    raw = objectives.token_weights(config, entropy, gaps)
+    assert np.isfinite(raw).all()
+    exponent = -entropy if kind == "certainty" else 2 * gaps
+    ratio = jnp.exp(exponent[0, 1] - exponent[0, 0])
+    np.testing.assert_allclose(raw[0, 1] / raw[0, 0], ratio, rtol=1e-5)
+    blank = np.zeros((4, 2), np.int32)
+    batch = data.Batch(
+        *(blank, blank == 0) * 2, np.zeros((4, 6), np.int32), mask, mask.any(1), mask * 1.0
+    )
+    weights = packing.to_mean_1(batch, raw)
     np.testing.assert_allclose(weights.sum(1), mask.sum(1), rtol=1e-5)
     assert not weights[~mask].any()
-    exponent = -entropy if kind == "certainty" else 2 * gaps
-    np.testing.assert_allclose(
-        weights[0, 1] / weights[0, 0], jnp.exp(exponent[0, 1] - exponent[0, 0]), rtol=1e-5
-    )
 
 
 def test_the_coefficient_of_the_distillation_fades_linearly():

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from pgpo_jax import information, losses, model, objectives, sharding
-from pgpo_jax.data import Batch, Evidence
+from pgpo_jax import information, losses, model, objectives, packing, sharding
+from pgpo_jax.data import Batch, DataConfig, Evidence
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.objectives import ObjectiveConfig
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
@@ -78,7 +78,6 @@ def setup(
         shardings,
         objective=objective or ObjectiveConfig(),
         teacher_config=teacher_config or TeacherConfig(),
-        num_samples=SAMPLES,
         micro_batches=micro_batches,
         vocab_size=22,
         estimators=("conditional_kl",),
@@ -87,11 +86,11 @@ def setup(
     return graphdef, step, init_train_state(params, optimizer), mesh
 
 
-def run(batches, **options):
+def run(batches, shapes=1, **options):
     _, step, state, mesh = setup(**options)
     for batch in batches:
         state, measured = step(state, sharding.to_global(batch, mesh))
-    assert step._cache_size() == 1
+    assert step._cache_size() <= shapes
     return jax.device_get(state), {name: float(value) for name, value in measured.items()}
 
 
@@ -234,10 +233,10 @@ def with_rewards(batch: Batch, seed=0) -> Batch:
         tokens = rng.integers(0, 20, (ROWS, width), np.int32)
         return tokens, np.arange(width)[None, :] >= rng.integers(0, width, (ROWS, 1))
 
-    rewards = np.array([1, 0, 0, 1, 0, 1, 0, 0], np.float32)
     has_wrong = np.repeat([True, False], SAMPLES)
     return batch._replace(
-        rewards=rewards, evidence=Evidence(*left(PROMPT + 1), *left(PROMPT + 2), has_wrong)
+        judged=objectives.judge([[1, 0, 0, 1], [0, 1, 0, 0]]),
+        evidence=Evidence(*left(PROMPT + 1), *left(PROMPT + 2), has_wrong),
     )
 
 
@@ -251,24 +250,67 @@ EVERYTHING = {
         advantage="contrast",
         question_weight="spread",
         token_weight="information",
+        rehearsal=0.5,
     ),
     "teacher_config": TeacherConfig("trust_region", mix=0.25),
 }
 
 
-def test_a_rival_objective_does_not_depend_on_devices_or_micro_batches():
-    expected, measured = run(REWARDED, **EVERYTHING)
+@pytest.fixture(scope="module")
+def everything():
+    return run(REWARDED, **EVERYTHING)
+
+
+def test_a_rival_objective_does_not_depend_on_devices_or_micro_batches(everything):
+    expected, measured = everything
     state, on_mesh = run(REWARDED, mesh=(2, 2, 2), micro_batches=2, **EVERYTHING)
     chex.assert_trees_all_close(state, expected, rtol=1e-4, atol=1e-6)
     for name, value in measured.items():
         np.testing.assert_allclose(on_mesh[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def test_a_rival_objective_does_not_depend_on_packing(everything):
+    expected, measured = everything
+    config, mesh = DataConfig(packing="always"), sharding.make_mesh(sharding.MeshConfig(1, 1, 1))
+    packed = [packing.pack(b, config, mesh) for b in REWARDED]
+    assert all(isinstance(batch, packing.Packed) for batch in packed)
+    state, in_rows = run(packed, shapes=len(REWARDED), **EVERYTHING)
+    chex.assert_trees_all_close(state, expected, rtol=1e-4, atol=1e-6)
+    for name in measured.keys() - {"padding_fraction"}:
+        np.testing.assert_allclose(
+            in_rows[name], measured[name], rtol=1e-4, atol=1e-6, err_msg=name
+        )
+
+
+def test_rehearsal_is_a_cross_entropy_on_successes_after_the_teachers_prompt():
+    graphdef, step, state, mesh = setup(objective=ObjectiveConfig(rehearsal=0.5))
+    # Where both read one prompt they agree at first: all the gradient is the rehearsal's.
+    batch = REWARDED[0]._replace(
+        teacher_prompts=REWARDED[0].prompts, teacher_prompt_mask=REWARDED[0].prompt_mask
+    )
+
+    def loss(student):
+        net = model.nnx.merge(graphdef, student)
+        tokens = jnp.concatenate([batch.teacher_prompts, batch.responses], 1)
+        mask = jnp.concatenate([batch.teacher_prompt_mask, batch.response_mask], 1)
+        log_p = jax.nn.log_softmax(net(tokens, mask)[:, PROMPT - 1 : -1, :22])
+        terms = -information.at_tokens(log_p, batch.responses)
+        successes = batch.has_context & batch.judged.success
+        return 0.5 * information.reduce(terms, batch.response_mask, successes)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(state.student)
+    norm = optax.tree.norm(gradient)
+    _, measured = step(state, sharding.to_global(batch, mesh))
+    np.testing.assert_allclose(measured["loss/rehearsal"], value, rtol=1e-5)
+    np.testing.assert_allclose(measured["grad_norm"], norm, rtol=1e-4)
+    assert abs(measured["loss"]) < 1e-6
+
+
 def test_grpo_is_the_policy_gradient_of_its_definition():
     objective = ObjectiveConfig(distillation=0.0, policy=1.0)
     graphdef, step, state, mesh = setup(objective=objective)
     batch = REWARDED[0]
-    advantages = objectives.group_advantages(jnp.asarray(batch.rewards), SAMPLES)
+    advantages = batch.judged.advantages
 
     def loss(student):
         net = model.nnx.merge(graphdef, student)
@@ -288,7 +330,7 @@ def test_grpo_is_the_policy_gradient_of_its_definition():
 
 def test_grpo_skips_a_batch_in_which_every_group_has_one_reward():
     _, step, state, mesh = setup(objective=ObjectiveConfig(distillation=0.0, policy=1.0))
-    same = REWARDED[0]._replace(rewards=np.repeat([0.0, 1.0], SAMPLES).astype(np.float32))
+    same = REWARDED[0]._replace(judged=objectives.judge([[0.0] * SAMPLES, [1.0] * SAMPLES]))
     _, measured = step(state, sharding.to_global(same, mesh))
     assert measured["skipped"] == 1
     assert measured["loss"] == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pgpo_jax import addition, config, evaluate, hf, train
+from pgpo_jax import addition, config, evaluate, hf, loading, train
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.errors import command
 
@@ -96,7 +96,8 @@ def test_a_run_leaves_the_files_and_metrics_that_scripts_rely_on(write, tmp_path
     for step in steps:  # all responses are written, so that the metric is that of the samples
         mine = [row for row in samples if row["step"] == step["step"] and row["has_context"]]
         average = np.mean([np.mean(row["divergence"]) for row in mine])
-        assert average == pytest.approx(step["divergence"], abs=1e-4)  # they are rounded
+        assert average == pytest.approx(step["divergence"], rel=5e-3)  # three digits are written
+        assert average > 0 or step["divergence"] == 0
     for row in samples:
         assert len(row["tokens"]) == len(row["divergence"]) <= 7
         shown = [token for token in row["tokens"] if not token.startswith("<")]
@@ -124,7 +125,7 @@ def test_a_resumed_run_is_the_run_without_an_interruption(write, tmp_path):
     assert list(map(without_time, halves)) == list(map(without_time, whole))
     students = []
     for name in ("whole", "halves"):
-        loaded = train.load_run(config.load(str(tmp_path / name / "config.yaml")))
+        loaded = loading.load_run(config.load(str(tmp_path / name / "config.yaml")))
         with Checkpoints(str(tmp_path / name / "checkpoints"), read_only=True) as checkpoints:
             step, student = checkpoints.restore_student(loaded.params)
         assert step == 4

@@ -1,0 +1,365 @@
+"""Packed rows: nothing is lost, nothing meets that should not, and no number changes."""
+
+import json
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from test_distributed import finish, start
+from test_step import ARCHITECTURE, make_batch, setup
+from test_train import TINY, without_time
+
+from pgpo_jax import attention, config, data, losses, model, packing, sharding, train
+from pgpo_jax.data import Batch, DataConfig
+from pgpo_jax.errors import InputError
+from pgpo_jax.losses import DistillationConfig
+from pgpo_jax.packing import Packed
+
+
+def mesh_of(devices=1, platform="cpu"):
+    """As much of a mesh as the host needs."""
+    device = types.SimpleNamespace(platform=platform)
+    shape = {"data": devices, "fsdp": 1}
+    return types.SimpleNamespace(shape=shape, devices=np.array([device]))
+
+
+def batch_of(prompts, teacher_prompts, responses, widen=lambda length: length) -> Batch:
+    """Rows of the given lengths; every token's value is unique."""
+    lengths = np.array([prompts, teacher_prompts, responses])
+    rows, widths = lengths.shape[1], [widen(int(own.max())) for own in lengths]
+    tokens, masks, first = [], [], 1
+    for own, width in zip(lengths, widths, strict=True):
+        tokens.append(first + np.arange(rows * width, dtype=np.int32).reshape(rows, width))
+        masks.append(np.arange(width)[None] >= width - own[:, None])
+        first += rows * width
+    masks[2] = masks[2][:, ::-1]
+    log_probs = -tokens[2].astype(np.float32)
+    context = np.arange(rows) % 3 > 0
+    return Batch(
+        *(tokens[0], masks[0], tokens[1], masks[1], tokens[2], masks[2]), context, log_probs
+    )
+
+
+def always(batch, mesh=None, micro_batches=1) -> Packed:
+    settings = DataConfig(packing="always", micro_batches=micro_batches)
+    packed = packing.pack(batch, settings, mesh or mesh_of())
+    assert isinstance(packed, Packed)
+    return packed
+
+
+SKEWED = batch_of([5, 3, 4, 5, 2, 3, 5, 4], [9, 4, 8, 7, 9, 3, 5, 6], [64, 3, 9, 5, 7, 2, 4, 8])
+EQUAL = batch_of([8] * 8, [16] * 8, [32] * 8)
+
+
+# ---- on the host ----
+
+
+@st.composite
+def batches(draw):
+    devices, micro_batches = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]))
+    rows = devices * micro_batches * draw(st.integers(1, 5))
+    prompts = st.lists(st.integers(1, 40), min_size=rows, max_size=rows)
+    responses = st.lists(st.integers(0, 70), min_size=rows, max_size=rows)
+    lengths = draw(prompts), draw(prompts), draw(responses.filter(any))
+    return batch_of(*lengths), devices, micro_batches
+
+
+@given(batches())
+def test_every_response_token_stands_once_in_one_order_behind_its_own_prompt(drawn):
+    batch, devices, micro_batches = drawn
+    packed = always(batch, mesh_of(devices), micro_batches)
+    expected = np.sort(batch.responses[batch.response_mask])
+    np.testing.assert_array_equal(np.sort(packed.responses[packed.response_mask]), expected)
+    values = packed.responses.astype(np.float32)
+    np.testing.assert_array_equal(
+        packed.sampler_log_probs, np.where(packed.response_mask, -values, 0)
+    )
+    row_of = {int(t): row for row, own in enumerate(batch.responses) for t in own}
+    for name, view in packed.views.items():
+        tokens, mask = packing.prompts_of(batch)[name]
+        held = view.tokens[view.segments > 0]
+        assert len(set(held.tolist())) == len(held), "no two sequences overlap"
+        for part in range(len(view.tokens)):
+            flat = [x[part].reshape(-1) for x in (view.tokens, view.segments, view.positions)]
+            counts = packed.response_mask[part]
+            sources = view.sources[part][counts]
+            np.testing.assert_array_equal(flat[0][sources + 1], packed.responses[part][counts])
+            for token, source in zip(packed.responses[part][counts], sources, strict=True):
+                row = row_of[int(token)]
+                prompt = tokens[row][mask[row]]
+                begin = source - flat[2][source]  # positions count from the sequence's first token
+                np.testing.assert_array_equal(flat[0][begin : begin + len(prompt)], prompt)
+                assert len({*flat[1][begin : source + 2].tolist()}) == 1
+                own = int(packed.owners[part][packed.responses[part] == token][0])
+                assert packed.lengths[part, own] == batch.response_mask[row].sum()
+                assert packed.has_context[part, own] == batch.has_context[row]
+
+
+@given(batches())
+def test_no_packed_micro_batch_is_larger_than_a_padded_one(drawn):
+    batch, devices, micro_batches = drawn
+    packed = always(batch, mesh_of(devices), micro_batches)
+    rows = len(batch.responses) // (devices * micro_batches)
+    assert len(packed.lengths) <= devices * micro_batches
+    assert packed.responses.shape[1] <= rows * batch.responses.shape[1]
+    for name, view in packed.views.items():
+        width = packing.prompts_of(batch)[name][0].shape[1] + batch.responses.shape[1]
+        for power in (1, 2):  # columns, and scores of attention
+            assert view.tokens.shape[1] * view.tokens.shape[2] ** power <= rows * width**power
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 150))
+def test_rows_are_filled_and_never_overfull(totals, width):
+    rows = packing.first_fit(totals, width)
+    assert sorted(member for row in rows for member in row) == list(range(len(totals)))
+    filled = [sum(totals[member] for member in row) for row in rows]
+    assert max(filled) <= width
+    assert sum(2 * total <= width for total in filled) <= 1  # two such rows would have been one
+
+
+def test_parts_get_equally_many_sequences_and_about_equally_many_tokens():
+    totals = np.random.default_rng(0).lognormal(5, 1, 256).astype(int)
+    members = packing.deal(totals, 16)
+    assert sorted(np.concatenate(members).tolist()) == list(range(256))
+    assert {len(part) for part in members} == {16}
+    tokens = [totals[part].sum() for part in members]
+    assert max(tokens) < 1.05 * np.mean(tokens) + totals.max() - np.sort(totals)[-16]
+
+
+def test_auto_packs_what_is_skewed_and_leaves_what_is_full():
+    assert isinstance(packing.pack(SKEWED, DataConfig(), mesh_of()), Packed)
+    assert packing.pack(EQUAL, DataConfig(), mesh_of()) is EQUAL
+    assert packing.pack(SKEWED, DataConfig(packing="never"), mesh_of()) is SKEWED
+    assert packing.pack(SKEWED, DataConfig(), mesh_of(platform="gpu")) is SKEWED
+
+
+def test_rows_that_do_not_divide_stay_padded_unless_packing_was_asked_for():
+    assert packing.pack(SKEWED, DataConfig(micro_batches=3), mesh_of()) is SKEWED
+    with pytest.raises(InputError, match=r"data\.packing: got always; the 8 rows of a host must"):
+        always(SKEWED, micro_batches=3)
+
+
+def test_full_micro_batches_stay_and_emptier_ones_are_joined():
+    for batch, count in ((EQUAL, 2), (SKEWED, 1)):
+        packed = always(batch, mesh_of(2), micro_batches=2)
+        assert packing.micro_batches(packed, mesh_of(2)) == count
+
+
+def test_a_run_has_few_shapes():
+    """Lengths change from step to step and grow fivefold; every 200th response is at the limit."""
+    rng, shapes = np.random.default_rng(0), set()
+    for step in range(200):
+        lengths = np.clip(rng.lognormal(3 + step / 125, 0.7, 64), 1, 1000).astype(int)
+        lengths[rng.random(64) < 0.005] = 1000
+        prompts = rng.integers(20, 100, 64)
+        batch = batch_of(prompts, prompts + 50, lengths, lambda length: data.bucket(length, 1000))
+        packed = packing.pack(batch, DataConfig(), mesh_of(4))
+        shapes.add(tuple(leaf.shape for leaf in jax.tree.leaves(packed)))
+    assert len(shapes) < 40
+
+
+# ---- on the device ----
+
+SLIDING = {
+    "model_type": "olmo3",
+    "vocab_size": 24,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "sliding_window": 4,
+}
+
+
+@pytest.fixture(params=[ARCHITECTURE, SLIDING], ids=["full", "sliding"], scope="module")
+def net(request):
+    settings = model.ModelConfig.from_hf(request.param)
+    return nnx.merge(*model.init(settings, model.Options(dtype=jnp.float32), jax.random.key(0)))
+
+
+def small_tokens(batch):
+    """The unique tokens of `batch_of`, made tokens of the model."""
+    return batch._replace(
+        **{name: getattr(batch, name) % 20 for name in ("prompts", "teacher_prompts", "responses")}
+    )
+
+
+@pytest.mark.parametrize("view", ["student", "teacher"])
+def test_hidden_states_are_those_of_every_sequence_alone(net, view):
+    packed, hidden = always(SKEWED), {}
+    for batch in (SKEWED, packed):
+        tokens = np.asarray(batch.responses).ravel()
+        mask = np.asarray(batch.response_mask).ravel()
+        if isinstance(batch, Batch):
+            small = small_tokens(batch)
+        else:
+            views = {k: v._replace(tokens=v.tokens % 20) for k, v in batch.views.items()}
+            small = batch._replace(views=views)
+        states = packing.response_hidden(net, jax.tree.map(jnp.asarray, small), view)
+        order = np.argsort(tokens[mask])
+        hidden[type(batch)] = np.asarray(states)[mask][order]
+    np.testing.assert_allclose(hidden[Packed], hidden[Batch], atol=1e-5)
+
+
+def test_a_sequence_does_not_feel_what_is_in_its_row(net):
+    view = always(SKEWED).views["student"]
+    tokens, segments, positions = (jnp.asarray(x[0]) for x in view[:3])
+    assert int(segments.max()) > 2
+    forward = jax.jit(lambda tokens: net.packed_hidden(tokens % 20, segments, positions))
+    before = forward(tokens)
+    for segment in (1, 2, 0):  # 0: what fills the rows
+        changed = segments == segment
+        moved = np.abs(forward(jnp.where(changed, tokens + 7, tokens)) - before).max(-1) > 0
+        assert moved[changed].any()
+        assert not moved[~changed].any()
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("split", [False, True])
+def test_splash_attention_keeps_segments_apart_as_the_plain_one(window, split):
+    """Correctness only: it is interpreted on the CPU."""
+    query, key, value = (
+        jax.random.normal(k, (4, 256, heads, 64))
+        for k, heads in zip(jax.random.split(jax.random.key(0), 3), (4, 2, 2), strict=True)
+    )
+    segments = jnp.searchsorted(jnp.array([20, 150, 230]), jnp.arange(256), side="right")
+    segments = jnp.stack([segments, segments[::-1], segments * 0, segments])
+    mesh = sharding.make_mesh(sharding.MeshConfig(1, 2, 4)) if split else None
+
+    def gradient(kernel):
+        def loss(*args):
+            options = {"segments": segments, "window": window, "kernel": kernel, "mesh": mesh}
+            return jnp.mean(attention.attend(*args, **options) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(query, key, value)
+
+    for a, b in zip(*map(jax.tree.leaves, map(gradient, ("xla", "splash"))), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_cudnn_is_refused_for_rows_of_several_sequences():
+    x, segments = jnp.zeros((1, 8, 2, 8)), jnp.zeros((1, 8), jnp.int32)
+    with pytest.raises(InputError, match="attention: got cudnn for rows of several sequences"):
+        attention.attend(x, x, x, segments=segments, kernel="cudnn")
+
+
+# ---- the update ----
+
+RAGGED = make_batch(0)
+FULL = RAGGED._replace(  # micro-batches of it cannot be joined
+    **{
+        name: np.ones_like(getattr(RAGGED, name))
+        for name in ("prompt_mask", "teacher_prompt_mask", "response_mask")
+    }
+)
+
+
+def updates(batch, mesh=(1, 1, 1), micro_batches=1, aggregation="sequence_mean"):
+    """After two of them, so that teacher and student differ in the second one."""
+    distillation = DistillationConfig(top_k=None, chunk_size=8, aggregation=aggregation)
+    _, step, state, mesh = setup(mesh, micro_batches, distillation=distillation)
+    for _ in range(2):
+        state, measured = step(state, sharding.to_global(batch, mesh))
+    return jax.device_get(state), {name: float(value) for name, value in measured.items()}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "micro_batches", "aggregation"),
+    [
+        ((1, 1, 1), 1, "sequence_mean"),
+        ((1, 1, 1), 4, "token_mean"),
+        ((8, 1, 1), 1, "sequence_mean"),
+        ((1, 8, 1), 1, "token_mean"),
+        ((2, 2, 2), 2, "sequence_mean"),
+        ((1, 1, 8), 1, "sequence_mean"),
+    ],
+)
+def test_an_update_is_the_padded_one(mesh, micro_batches, aggregation):
+    batch = RAGGED if micro_batches == 1 else FULL
+    whole, expected = updates(batch, aggregation=aggregation)
+    where = sharding.make_mesh(sharding.MeshConfig(*mesh))
+    packed = always(batch, where, micro_batches)
+    assert packing.micro_batches(packed, where) == micro_batches
+    state, measured = updates(packed, mesh, micro_batches, aggregation)
+    # Only the order of float32 sums differs.
+    chex.assert_trees_all_close(state, whole, rtol=1e-4, atol=1e-6)
+    for name, value in expected.items():
+        if name != "padding_fraction":
+            np.testing.assert_allclose(measured[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_hidden_states_stay_on_their_device():
+    _, step, state, mesh = setup((8, 1, 1))
+    packed = sharding.to_global(always(RAGGED, mesh), mesh)
+    compiled = step.lower(state, packed).compile().as_text()
+    assert "all-reduce" in compiled  # of the gradients
+    for moving in ("all-gather", "all-to-all", "collective-permute"):
+        assert moving not in compiled
+
+
+def test_the_padding_is_what_no_token_stands_in():
+    views = [8 * (64 + 5), 8 * (64 + 9), 8 * 64]
+    responses = int(SKEWED.response_mask.sum())
+    held = int(SKEWED.prompt_mask.sum() + SKEWED.teacher_prompt_mask.sum()) + 3 * responses
+    expected = 1 - held / sum(views)
+    np.testing.assert_allclose(packing.padding_fraction(SKEWED), expected, rtol=1e-6)
+    packed = always(SKEWED)
+    sizes = [view.tokens.size for view in packed.views.values()] + [packed.responses.size]
+    expected = 1 - held / sum(sizes)
+    np.testing.assert_allclose(packing.padding_fraction(packed), expected, rtol=1e-6)
+
+
+def test_weights_of_packed_tokens_are_those_of_the_whole_batch():
+    packed = always(SKEWED, mesh_of(2))
+    for mode in ("sequence_mean", "token_mean"):
+        expected = losses.token_weights(SKEWED.response_mask, SKEWED.has_context, mode)
+        by_token = dict(zip(SKEWED.responses.ravel().tolist(), expected.ravel(), strict=True))
+        lengths = packing.response_lengths(packed)
+        weights = losses.response_weights(lengths, packed.has_context.ravel(), mode)
+        flat = packing.to_tokens(packed, weights)
+        assert not flat[~packed.response_mask].any()
+        for token, weight in zip(packed.responses.ravel(), flat.ravel(), strict=True):
+            assert weight == by_token.get(int(token), 0)
+
+
+# ---- a run ----
+
+
+def run(path, name, **changes):
+    sections = {**TINY, "steps": 2, "output_dir": str(path / name), "warm_start": {}}
+    sections["evaluation"] = {"every": 0}
+    (path / f"{name}.yaml").write_text(yaml.safe_dump({**sections, **changes}))
+    return path / f"{name}.yaml"
+
+
+def rows(path, name):
+    lines = (path / name / "metrics.jsonl").read_text().splitlines()
+    return [without_time(json.loads(line)) for line in lines]
+
+
+def same_but_for_padding(row, expected):
+    padding, before = row.pop("padding_fraction"), expected["padding_fraction"]
+    assert 0 <= padding <= before
+    row["padding_fraction"] = before
+    assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_packed_run_is_the_padded_one_on_one_process_and_on_two(tmp_path):
+    asked = {"data": {**TINY["data"], "packing": "always", "micro_batches": 2}, "mesh": {}}
+    padded = {**asked, "data": {**asked["data"], "packing": "never"}, "mesh": {"data": 1}}
+    assert train.train(config.load(str(run(tmp_path, "padded", **padded)))) == 0
+    one = {**asked, "mesh": {"data": 1}}
+    assert train.train(config.load(str(run(tmp_path, "one", **one)))) == 0
+    codes, errors = finish(start(run(tmp_path, "two", **asked), 2))
+    assert codes == [0, 0], errors
+    for name in ("one", "two"):
+        for row, expected in zip(rows(tmp_path, name), rows(tmp_path, "padded"), strict=True):
+            same_but_for_padding(row, expected)
