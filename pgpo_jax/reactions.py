@@ -1,8 +1,7 @@
 """What a run may change by itself when an alarm fires: one change, from the next update on.
 
 A reaction is a change of the configuration, and for `refresh_teacher` of the state, so nothing in
-the update knows of it. In the collapses that were measured the information fell below 0 before the
-accuracy did (benchmarks/EVIDENCE.md), which leaves time to react, or to stop (`alarms.stop_on`).
+the update knows of it. What reactions and alarms were worth is in benchmarks/EVIDENCE.md.
 """
 
 import dataclasses

@@ -240,8 +240,8 @@ TRENDS: dict[Name, Trend] = {
         lambda trace, config: trace.mean < 0,
         lambda config: config.information_steps,
         "the information has been below 0 for {steps} steps (mean {mean:.3g}): shown a right "
-        "answer, the teacher is less certain than the student without one. In runs that collapsed "
-        "this came around the best accuracy, before the fall: watch eval/avg@16, and if it no "
+        "answer, the teacher is less certain than the student without one, so it may no longer "
+        "know how to use one. Some runs collapse around here: watch eval/avg@16, and if it no "
         "longer rises end here (checkpoints/best) or lower optimizer.learning_rate",
     ),
 }
