@@ -49,12 +49,8 @@ BASELINE = "sdpo"
 REFERENCE = "pgpo_1.0"
 """The run whose multipliers the controls take, and which is compared with every control."""
 
-REACTING = {
-    "optimizer.alpha": 0.0,
-    "alarms.react_on": ["information", "reward_fall"],
-    "alarms.fall": 0.85,
-}
-"""SDPO that reacts when the information stays below 0 or the reward is 15 % under its best."""
+REACTING = {"optimizer.alpha": 0.0, "alarms.information_fraction": 1 / 3}
+"""SDPO that reacts when the information stays below a third of its highest running mean."""
 
 ARMS: dict[str, dict[str, Any]] = {
     "sdpo": {"optimizer.alpha": 0.0},
@@ -86,7 +82,6 @@ ARMS: dict[str, dict[str, Any]] = {
         "optimizer.multiplier": "replayed",
         "optimizer.replay": "{other_reference}",
     },
-    "rehearsal": {"optimizer.alpha": 0.0, "objective.rehearsal": 1.0},
     **{
         f"react_{name}": {**REACTING, "alarms.reaction": name}
         for name in ("lower_rate", "freeze_teacher", "refresh_teacher", "rehearse")
@@ -97,7 +92,7 @@ ARMS: dict[str, dict[str, Any]] = {
 evaluation `matched_rate_to_best`); the metrics of another seed's REFERENCE (`other_reference`), a
 multiplier of the right course in time that knows nothing of this run."""
 
-ON_REQUEST = ("sdpo_matched_rate_to_best", "rehearsal", "react_")
+ON_REQUEST = ("sdpo_matched_rate_to_best", "react_")
 DEFAULT_ARMS = [name for name in ARMS if not name.startswith(ON_REQUEST)]
 CONTROLS = [name for name in ARMS if name.startswith("sdpo_")]
 

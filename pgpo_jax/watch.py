@@ -48,7 +48,10 @@ class AlarmsConfig:
     surge: float = 2.0
     """`length_surge`: the mean response length is over this multiple of its lowest."""
     information_steps: int = 10
-    """`information`: the mean was below 0 for so many steps in a row."""
+    """`information`: the mean was that low for so many steps in a row."""
+    information_fraction: float = 0.0
+    """`information`: how low, as a part of its highest mean; 0 is below 0. A third comes earlier,
+    but also where the student has learned all that its teacher knows (benchmarks/EVIDENCE.md)."""
     most_broken: int = 10
     """So many updates in a row skipped because loss, gradient or information was not finite save
     and end the run, with exit code 1."""
@@ -63,6 +66,7 @@ class AlarmsConfig:
             fall=(0 < self.fall < 1, "between 0 and 1, both excluded"),
             surge=(self.surge > 1, "more than 1"),
             information_steps=(self.information_steps >= 1, "at least 1"),
+            information_fraction=(0 <= self.information_fraction < 1, "at least 0 and below 1"),
             most_broken=(self.most_broken >= 1, "at least 1"),
             most_inactive=(
                 self.most_inactive is None or self.most_inactive >= 1,
@@ -237,12 +241,13 @@ TRENDS: dict[Name, Trend] = {
     ),
     "information": Trend(
         "information",
-        lambda trace, config: trace.mean < 0,
+        lambda trace, config: trace.mean < config.information_fraction * max(trace.highest, 0),
         lambda config: config.information_steps,
-        "the information has been below 0 for {steps} steps (mean {mean:.3g}): shown a right "
-        "answer, the teacher is less certain than the student without one, so it may no longer "
-        "know how to use one. Some runs collapse around here: watch eval/avg@16, and if it no "
-        "longer rises end here (checkpoints/best) or lower optimizer.learning_rate",
+        "the information has been low for {steps} steps (mean {mean:.3g}, once {highest:.3g}): "
+        "below 0 the teacher, shown a right answer, is less certain than the student without one, "
+        "so it may no longer know how to use one. Some runs collapse around here: watch "
+        "eval/avg@16, and if it no longer rises end here (checkpoints/best) or lower "
+        "optimizer.learning_rate",
     ),
 }
 

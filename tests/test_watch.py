@@ -112,7 +112,7 @@ def test_information_below_zero_for_a_stated_number_of_steps_is_told():
     assert fired(rows, information_steps=3) == [(26, "information")]
     assert fired(rows, window=1) == [(30, "information")]
     text = text_of("information", rows)
-    assert "below 0 for 10 steps" in text and "no longer" in text
+    assert "low for 10 steps" in text and "no longer" in text
 
 
 def test_information_below_zero_from_the_first_step_on_is_told_too():
