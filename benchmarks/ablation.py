@@ -66,10 +66,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "pgpo_token": {"optimizer.alpha": 0.0, "objective.token_weight": "information"},
     "grpo": {"optimizer.alpha": 0.0, "objective.distillation": 0.0, "objective.policy": 1.0},
     "sdpo_matched_rate": {"optimizer.alpha": 0.0, "optimizer.learning_rate": "{matched_rate}"},
-    "sdpo_matched_rate_to_best": {
-        "optimizer.alpha": 0.0,
-        "optimizer.learning_rate": "{matched_rate_to_best}",
-    },
     "sdpo_shuffled_rho": {
         "optimizer.multiplier": "replayed",
         "optimizer.replay": "{reference}",
@@ -79,14 +75,21 @@ ARMS: dict[str, dict[str, Any]] = {
         "optimizer.multiplier": "replayed",
         "optimizer.replay": "{other_reference}",
     },
+    # For runs that collapse; left out unless asked for.
+    "sdpo_matched_rate_to_best": {
+        "optimizer.alpha": 0.0,
+        "optimizer.learning_rate": "{matched_rate_to_best}",
+    },
+    "sdpo_rehearsal": {"optimizer.alpha": 0.0, "objective.rehearsal": 1.0},
+    "sdpo_reacts_lower_rate": {"optimizer.alpha": 0.0, "alarms.reaction": "lower_rate"},
+    "sdpo_reacts_rehearse": {"optimizer.alpha": 0.0, "alarms.reaction": "rehearse"},
 }
 """Arm -> fields. In braces: `seed`, `steps`; of the REFERENCE run of the same seed its metrics file
 (`reference`) and the learning rate times its mean multiplier (`matched_rate`, and up to its best
 evaluation `matched_rate_to_best`); the metrics of another seed's REFERENCE (`other_reference`), a
 multiplier of the right course in time that knows nothing of this run."""
 
-DEFAULT_ARMS = [name for name in ARMS if name != "sdpo_matched_rate_to_best"]
-CONTROLS = [name for name in ARMS if name.startswith("sdpo_")]
+DEFAULT_ARMS = list(ARMS)[: list(ARMS).index("sdpo_matched_rate_to_best")]
 
 
 class Study(NamedTuple):
@@ -168,7 +171,7 @@ def is_finished(config: Config) -> bool:
         steps = curves.read(folder).steps
     except (InputError, OSError, ValueError, IndexError):
         return False
-    sections = ("metrics", "alarms", "checkpoint", "mesh", "distributed")
+    sections = ("metrics", "checkpoint", "mesh", "distributed")
     free = {name: getattr(config, name) for name in sections}
     # Where anything else differs, `train` refuses the folder in one line that says what.
     return dataclasses.replace(before, **free) == config and steps[-1] == config.steps
@@ -359,7 +362,8 @@ def main(argv: Sequence[str]) -> int:
     }
     if not found:
         return 1
-    result = ablation_report.summarise(found, BASELINE, {REFERENCE: CONTROLS})
+    controls = [arm for arm in arms if needs_reference(arm)]
+    result = ablation_report.summarise(found, BASELINE, {REFERENCE: controls})
     result |= {"config": options.config, "overrides": overrides, "problems": problems}
     table = ablation_report.markdown(result)
     print(table)
