@@ -49,7 +49,7 @@ BASELINE = "sdpo"
 REFERENCE = "pgpo_1.0"
 """The run whose multipliers the controls take, and which is compared with every control."""
 
-REACTING = {"optimizer.alpha": 0.0, "alarms.information_fraction": 1 / 3}
+EARLY = {"optimizer.alpha": 0.0, "alarms.information_fraction": 1 / 3}
 """SDPO that reacts when the information stays below a third of its highest running mean."""
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -69,10 +69,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "pgpo_token": {"optimizer.alpha": 0.0, "objective.token_weight": "information"},
     "grpo": {"optimizer.alpha": 0.0, "objective.distillation": 0.0, "objective.policy": 1.0},
     "sdpo_matched_rate": {"optimizer.alpha": 0.0, "optimizer.learning_rate": "{matched_rate}"},
-    "sdpo_matched_rate_to_best": {
-        "optimizer.alpha": 0.0,
-        "optimizer.learning_rate": "{matched_rate_to_best}",
-    },
     "sdpo_shuffled_rho": {
         "optimizer.multiplier": "replayed",
         "optimizer.replay": "{reference}",
@@ -82,19 +78,24 @@ ARMS: dict[str, dict[str, Any]] = {
         "optimizer.multiplier": "replayed",
         "optimizer.replay": "{other_reference}",
     },
-    **{
-        f"react_{name}": {**REACTING, "alarms.reaction": name}
-        for name in ("lower_rate", "freeze_teacher", "refresh_teacher", "rehearse")
+    # For runs that collapse; left out unless asked for.
+    "sdpo_matched_rate_to_best": {
+        "optimizer.alpha": 0.0,
+        "optimizer.learning_rate": "{matched_rate_to_best}",
     },
+    "sdpo_rehearsal": {"optimizer.alpha": 0.0, "objective.rehearsal": 1.0},
+    "sdpo_reacts_lower_rate": {"optimizer.alpha": 0.0, "alarms.reaction": "lower_rate"},
+    "sdpo_reacts_rehearse": {"optimizer.alpha": 0.0, "alarms.reaction": "rehearse"},
+    "sdpo_reacts_early_lower_rate": {**EARLY, "alarms.reaction": "lower_rate"},
+    "sdpo_reacts_early_freeze_teacher": {**EARLY, "alarms.reaction": "freeze_teacher"},
+    "sdpo_reacts_early_rehearse": {**EARLY, "alarms.reaction": "rehearse"},
 }
 """Arm -> fields. In braces: `seed`, `steps`; of the REFERENCE run of the same seed its metrics file
 (`reference`) and the learning rate times its mean multiplier (`matched_rate`, and up to its best
 evaluation `matched_rate_to_best`); the metrics of another seed's REFERENCE (`other_reference`), a
 multiplier of the right course in time that knows nothing of this run."""
 
-ON_REQUEST = ("sdpo_matched_rate_to_best", "react_")
-DEFAULT_ARMS = [name for name in ARMS if not name.startswith(ON_REQUEST)]
-CONTROLS = [name for name in ARMS if name.startswith("sdpo_")]
+DEFAULT_ARMS = list(ARMS)[: list(ARMS).index("sdpo_matched_rate_to_best")]
 
 
 class Study(NamedTuple):
@@ -176,7 +177,7 @@ def is_finished(config: Config) -> bool:
         steps = curves.read(folder).steps
     except (InputError, OSError, ValueError, IndexError):
         return False
-    sections = ("metrics", "alarms", "checkpoint", "mesh", "distributed")
+    sections = ("metrics", "checkpoint", "mesh", "distributed")
     free = {name: getattr(config, name) for name in sections}
     # Where anything else differs, `train` refuses the folder in one line that says what.
     return dataclasses.replace(before, **free) == config and steps[-1] == config.steps
@@ -367,7 +368,8 @@ def main(argv: Sequence[str]) -> int:
     }
     if not found:
         return 1
-    result = ablation_report.summarise(found, BASELINE, {REFERENCE: CONTROLS})
+    controls = [arm for arm in arms if needs_reference(arm)]
+    result = ablation_report.summarise(found, BASELINE, {REFERENCE: controls})
     result |= {"config": options.config, "overrides": overrides, "problems": problems}
     table = ablation_report.markdown(result)
     print(table)

@@ -267,7 +267,7 @@ def test_every_arm_is_a_valid_configuration_of_its_own(ablation, tmp_path):
     to_best = found["sdpo_matched_rate_to_best"].optimizer.learning_rate
     assert to_best == pytest.approx(1.5 * rate)
     assert found["sdpo_other_seeds_rho"].optimizer.replay.endswith("pgpo_1.0/seed_1/metrics.jsonl")
-    different = {(c.optimizer, c.objective) for c in found.values()}
+    different = {(c.optimizer, c.objective, c.alarms) for c in found.values()}
     assert len(different) == len(ablation.ARMS)
     assert {c.model.path for c in found.values()} == {str(study.folder("start", 0) / "model")}
 
@@ -278,7 +278,7 @@ def test_real_models_take_the_same_arms(ablation, tmp_path, name):
     base = ablation.config_module.load(study.config_path)
     free = [arm for arm in ablation.ARMS if not ablation.needs_reference(arm)]
     found = [ablation.arm_config(study, arm, 0) for arm in free]
-    assert len({(c.optimizer, c.objective) for c in found}) == len(free)
+    assert len({(c.optimizer, c.objective, c.alarms) for c in found}) == len(free)
     warm = str(study.folder("start", 0) / "model")  # without a warm start: the model as it comes
     assert {c.model.path for c in found} == {warm if base.warm_start.steps else base.model.path}
     assert {c.warm_start.steps for c in found} == {0}
