@@ -299,6 +299,6 @@ def _forest(axes, last: Sequence[Mapping[str, Any]], mean: Sequence[Mapping[str,
     axes.set_yticks(range(len(last)), names, fontsize=9)
     axes.set_ylim(len(last) - 0.4, -0.6)
     axes.set_xlabel("difference in points, paired by seed, with its 95 % interval", fontsize=9)
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", linewidth=0.3)
