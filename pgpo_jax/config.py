@@ -78,12 +78,13 @@ class Config:
             steps=(self.steps >= 0, "at least 0"),
             output_dir=(bool(self.output_dir), "a folder"),
         )
-        corrects = self.distillation.importance_cap is not None
-        if corrects and self.sampling.temperature != self.distillation.temperature:
+        compares = self.distillation.importance_cap is not None or self.objective.policy
+        if compares and self.sampling.temperature != self.distillation.temperature:
             raise InputError(
                 f"sampling.temperature: got {self.sampling.temperature}; must equal "
                 f"distillation.temperature = {self.distillation.temperature}, whose log-probs the "
-                "importance weights compare, unless distillation.importance_cap is null"
+                "importance weights and the policy gradient compare with the sampler's, unless "
+                "distillation.importance_cap is null and objective.policy is 0"
             )
         if self.objective.policy and self.sampling.num_samples < 2:
             raise InputError(
