@@ -16,6 +16,7 @@ import transformers
 from pgpo_jax.data import Batch
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.optimizer import OptimizerConfig
+from pgpo_jax.teacher import AVERAGE
 
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 
@@ -87,7 +88,7 @@ class Peer:
             torch._foreach_lerp_(
                 list(self.teacher.parameters()),
                 list(self.student.parameters()),
-                TeacherConfig().ema_rate,
+                AVERAGE.ema_rate,
             )
         return {
             "loss": loss.item(),

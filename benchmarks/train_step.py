@@ -47,7 +47,7 @@ from pgpo_jax.data import Batch
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer, scale_by_information
 from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
-from pgpo_jax.teacher import TeacherConfig
+from pgpo_jax.teacher import AVERAGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ def parts(graphdef, params, batch: Batch, optimizer, distillation: DistillationC
         student, teacher, opt_state = state
         updates, opt_state = optimizer.update(grads, opt_state, student, information=0.1)
         student = optax.apply_updates(student, updates)
-        teacher = optax.incremental_update(student, teacher, TeacherConfig().ema_rate)
+        teacher = optax.incremental_update(student, teacher, AVERAGE.ema_rate)
         return student, teacher, opt_state
 
     scale = scale_by_information(1.0)
