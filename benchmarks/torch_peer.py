@@ -52,7 +52,8 @@ class Peer:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        self.batch = Batch(*(torch.as_tensor(np.array(x), device=self.device) for x in batch))
+        given = (x for x in batch if x is not None)  # SDPO needs no rewards
+        self.batch = Batch(*(torch.as_tensor(np.array(x), device=self.device) for x in given))
 
     def step(self) -> dict[str, float]:
         """One update; returns loss, information and multiplier."""
