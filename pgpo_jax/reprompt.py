@@ -287,9 +287,8 @@ def reprompt(
     short: set[tuple[int, str | None, str]] = set()
     for row in texts:
         question, demonstration, feedback = row
-        if demonstration is None and not feedback:  # exactly the student's tokens
-            mask = np.asarray(rollouts.prompt_mask[question], bool)
-            tokens[row] = np.asarray(rollouts.prompts[question])[mask].tolist()
+        if demonstration is None and not feedback:
+            tokens[row] = _students_tokens(rollouts, question)
         elif len(tokens[row]) > config.max_length:
             texts[row], tokens[row] = _shorten(
                 lambda demo, remark, question=question: build(question, demo, remark),
@@ -300,9 +299,7 @@ def reprompt(
                 questions[question].key,
             )
             short.add(row)
-    longest = max(len(tokens[row]) for row in rows)
-    width = data.bucket(longest, max(config.max_length, longest))
-    prompts, prompt_mask = data.left_pad([tokens[row] for row in rows], width)
+    prompts, prompt_mask = _pad([tokens[row] for row in rows], config.max_length)
     return data.Contexts(
         prompts=prompts,
         prompt_mask=prompt_mask,
@@ -336,8 +333,7 @@ def show_answers(
     def encode(index: int, answer: str | None) -> list[int]:
         question = questions[index]
         if answer is None:
-            mask = np.asarray(rollouts.prompt_mask[index], bool)
-            return np.asarray(rollouts.prompts[index])[mask].tolist()
+            return _students_tokens(rollouts, index)
 
         def build(demonstration: str | None, feedback: str) -> str:
             messages = teacher_messages(question.messages, demonstration, feedback, filled)
@@ -362,9 +358,7 @@ def show_answers(
     samples = len(rollouts.texts[0])
 
     def pad(rows: list[list[int]]) -> list[np.ndarray]:
-        longest = max(map(len, rows))
-        padded = data.left_pad(rows, data.bucket(longest, max(config.max_length, longest)))
-        return [np.repeat(array, samples, axis=0) for array in padded]
+        return [np.repeat(array, samples, axis=0) for array in _pad(rows, config.max_length)]
 
     return data.Evidence(
         *pad(right),
@@ -382,6 +376,19 @@ def worst_answer(texts: Sequence[str], outcomes: Sequence[Outcome], threshold: f
         if outcome.reward < threshold
     ]
     return next((answer for _, _, answer in sorted(wrong) if answer), None)
+
+
+def _students_tokens(rollouts: data.Rollouts, question: int) -> list[int]:
+    """The question's prompt exactly as the student had it."""
+    mask = np.asarray(rollouts.prompt_mask[question], bool)
+    return np.asarray(rollouts.prompts[question])[mask].tolist()
+
+
+def _pad(rows: list[list[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask, left-padded to the bucket of the longest (the plain prompt may be over the
+    limit)."""
+    longest = max(map(len, rows))
+    return data.left_pad(rows, data.bucket(longest, max(limit, longest)))
 
 
 def _shorten(

@@ -67,7 +67,6 @@ def train(config: Config) -> int:
     changes = claim_folder(config)
     optimizer = make_optimizer(config.optimizer)
     shardings = train_state_shardings(run.params, optimizer, run.teacher)
-    train_step = _build(config, run, shardings)
     step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
 
     with contextlib.ExitStack() as stack:
@@ -97,8 +96,7 @@ def train(config: Config) -> int:
             ending = None  # whoever comes back after a failure wants to go on
         reacted = saved.get("reacted", False)
         now = reactions.react(config) if reacted else config
-        if reacted:
-            train_step = _build(now, run, shardings)
+        train_step = _build(now, run, shardings)
         run = run._replace(params=None, teacher=None)  # the state holds and donates them
 
         def save() -> None:
