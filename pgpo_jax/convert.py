@@ -20,7 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ from jax.sharding import SingleDeviceSharding
 from pgpo_jax import config as config_module
 from pgpo_jax import errors, gguf, hf, model, tasks
 from pgpo_jax.checkpoint import Checkpoints
-from pgpo_jax.errors import InputError
+from pgpo_jax.errors import InputError, Parser
 from pgpo_jax.model import ModelConfig
 
 
@@ -178,16 +178,9 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, where argparse would print its whole usage too."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
 def main(argv: Sequence[str]) -> None:
     """The command line; see the module's docstring."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m pgpo_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,12 +17,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from pgpo_jax import figures, runs
-from pgpo_jax.errors import InputError, command, printable
+from pgpo_jax.errors import InputError, Parser, command, printable
 from pgpo_jax.figures import Picture, find, variable
 from pgpo_jax.runs import ABSENT, Group, Run, Series
 
@@ -408,16 +408,9 @@ def _json(value: Any) -> str:
 # ---- the command ---------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, where argparse would print its whole usage too."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """The command line; see the module's docstring."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m pgpo_jax.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
