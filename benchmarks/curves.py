@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from pgpo_jax.watch import Watch
+from pgpo_jax.logs import Watch
 
 COLLAPSE = 0.10
 """A run collapsed where its last accuracy is this far under its best."""
@@ -40,7 +40,7 @@ class Curve(NamedTuple):
     reward: np.ndarray
     """Mean reward of the training responses, `[update]`."""
     fired: Mapping[str, int]
-    """Alarms of `pgpo_jax.watch`, as they stand by default, by name: the step of the first."""
+    """Alarms of `pgpo_jax.logs`, as they stand by default, by name: the step of the first."""
 
     @property
     def best(self) -> int:

@@ -25,11 +25,13 @@ import jax
 import jax.numpy as jnp
 import measure
 
-from pgpo_jax import fused, hlo, hlo_cost, model, sharding
+from pgpo_jax import fused, sharding
 from pgpo_jax.data import Batch
 from pgpo_jax.information import Estimator
 from pgpo_jax.losses import DistillationConfig
+from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
+from pgpo_jax.plan import hlo, hlo_cost
 from pgpo_jax.step import abstract_train_state, make_train_step, train_state_shardings
 
 ESTIMATORS: tuple[Estimator, ...] = (
@@ -173,17 +175,17 @@ def compiled_costs(function, arguments):
 def step_costs(architecture, config, rows, prompt, response):
     """The whole update of a model of that size, compiled from shapes alone."""
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1])
-    model_config = model.ModelConfig.from_hf(
+    model_config = decoder.ModelConfig.from_hf(
         {"model_type": "qwen3", "tie_word_embeddings": True, **architecture}
     )
-    options = model.Options(dtype=jnp.bfloat16, remat="dots", mesh=mesh)
-    graphdef = model.make_graphdef(model_config, options)
+    options = decoder.Options(dtype=jnp.bfloat16, remat="dots", mesh=mesh)
+    graphdef = decoder.make_graphdef(model_config, options)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def place(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
-    params = jax.tree.map(place, model.param_shapes(model_config))
+    params = jax.tree.map(place, decoder.param_shapes(model_config))
     optimizer = make_optimizer(OptimizerConfig())
     where = train_state_shardings(params, optimizer)
     state = abstract_train_state(params, optimizer)

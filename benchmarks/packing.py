@@ -30,9 +30,10 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 
-from pgpo_jax import data, model, packing, sharding
-from pgpo_jax.data import Batch, DataConfig
+from pgpo_jax import data, sharding
+from pgpo_jax.data import Batch, DataConfig, packing
 from pgpo_jax.losses import DistillationConfig
+from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
 from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
 
@@ -94,13 +95,13 @@ def batches_of(preset: Preset) -> dict[str, Batch]:
 def compare(preset: Preset, batch: Batch, repeats: int) -> dict[str, Any]:
     """Seconds, memory, padding and losses of an update on a batch, padded and packed."""
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1))
-    options = model.Options(dtype=jnp.float32)
-    config = model.ModelConfig.from_hf(preset.shape)
+    options = decoder.Options(dtype=jnp.float32)
+    config = decoder.ModelConfig.from_hf(preset.shape)
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=0))
     states, measured, memory = {}, {}, {}
 
     def build(name):
-        graphdef, params = model.init(config, options, jax.random.key(0), mesh)
+        graphdef, params = decoder.init(config, options, jax.random.key(0), mesh)
         where = train_state_shardings(params, optimizer)
         step = make_train_step(graphdef, optimizer, DistillationConfig(), where)
         chosen = packing.pack(batch, DataConfig(packing=name), mesh)

@@ -33,7 +33,8 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 
-from pgpo_jax import hf, model, sampler
+from pgpo_jax import hf, sampler
+from pgpo_jax.models import decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +114,10 @@ def bandwidth() -> float:
     return array.nbytes / best
 
 
-def bound_seconds(preset: Preset, config: model.ModelConfig, speed: float) -> float:
+def bound_seconds(preset: Preset, config: decoder.ModelConfig, speed: float) -> float:
     """Least time to decode the preset's responses at a memory bandwidth of `speed`."""
     width = jnp.dtype(preset.dtype).itemsize
-    shapes = model.param_shapes(config)
+    shapes = decoder.param_shapes(config)
     if not config.tie_word_embeddings:
         del shapes["embed_tokens"]  # only a few of its rows are read
     weights = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) * width
@@ -197,8 +198,8 @@ def main() -> None:
     args = parser.parse_args()
     preset = PRESETS[args.preset]
 
-    config = model.ModelConfig.from_hf(preset.shape)
-    graphdef, params = model.init(config, model.Options(dtype=preset.dtype), jax.random.key(0))
+    config = decoder.ModelConfig.from_hf(preset.shape)
+    graphdef, params = decoder.init(config, decoder.Options(dtype=preset.dtype), jax.random.key(0))
     shape = (preset.questions, preset.prompt)
     prompts = np.random.default_rng(1).integers(1, config.vocab_size, shape)
     limits = lengths(preset)

@@ -18,8 +18,9 @@ import measure
 import numpy as np
 import optax
 
-from pgpo_jax import model, sharding
+from pgpo_jax import sharding
 from pgpo_jax.losses import DistillationConfig
+from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import (
     OptimizerConfig,
     ScaleByInformationState,
@@ -87,12 +88,12 @@ def main() -> None:
     args = parser.parse_args()
     architecture, sizes = PRESETS[args.preset]
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1))
-    config = model.ModelConfig.from_hf(architecture)
-    options = model.Options(dtype=jnp.float32, unroll=True)
+    config = decoder.ModelConfig.from_hf(architecture)
+    options = decoder.Options(dtype=jnp.float32, unroll=True)
     batch = sharding.to_global(cases.make_batch(**sizes, vocab=config.vocab_size), mesh)
 
     def build(name, optimizer):
-        graphdef, params = model.init(config, options, jax.random.key(0), mesh)
+        graphdef, params = decoder.init(config, options, jax.random.key(0), mesh)
         where = train_state_shardings(params, optimizer)
         step = make_train_step(graphdef, optimizer, DistillationConfig(), where)
         state = init_train_state(params, optimizer)

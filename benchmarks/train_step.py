@@ -14,8 +14,8 @@ update needs at least
     6 P (student tokens) + 2 P (teacher tokens) + 8 (vocab x embed) (response tokens) + attention
 
 operations, P without the embedding, and MFU is that, over the time, over the device's peak: that of
-`pgpo_jax.chips`, or on a CPU the rate of one large float32 product measured here. Tokens are those
-of the student's sequences, prompt and response.
+`pgpo_jax.plan.chips`, or on a CPU the rate of one large float32 product measured here. Tokens are
+those of the student's sequences, prompt and response.
 
 On a CPU most of the temporary memory is touched for the first time in every update; with pages of
 2 MiB that is cheap, so both sides run with them (glibc only), and torch's threads may not spin
@@ -42,10 +42,12 @@ import measure
 import optax
 from flax import nnx
 
-from pgpo_jax import chips, fused, hf, model, sharding
+from pgpo_jax import fused, hf, sharding
 from pgpo_jax.data import Batch
 from pgpo_jax.losses import DistillationConfig
+from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer, scale_by_information
+from pgpo_jax.plan import chips
 from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
 from pgpo_jax.teacher import AVERAGE
 
@@ -86,9 +88,9 @@ SETTINGS = OptimizerConfig(warmup_steps=0)
 DISTILLATION = DistillationConfig(top_k=100)
 
 
-def model_flops(config: model.ModelConfig, preset: Preset) -> float:
+def model_flops(config: decoder.ModelConfig, preset: Preset) -> float:
     """Operations that an update cannot do without: no optimizer, nothing computed again."""
-    shapes = model.param_shapes(config)["layers"]
+    shapes = decoder.param_shapes(config)["layers"]
     matrices = sum(x.size for x in jax.tree.leaves(shapes) if len(x.shape) > 2)
     student = preset.prompt + preset.response
     teacher = student + preset.feedback
@@ -187,13 +189,13 @@ def parts(graphdef, params, batch: Batch, optimizer, distillation: DistillationC
     return measure.paired_cpu(functions, repeats, warm_up=2)
 
 
-def with_params(preset: Preset, mesh, options: model.Options):
+def with_params(preset: Preset, mesh, options: decoder.Options):
     """A model of random weights whose embedding is 3 times as large as at a usual start.
 
     Logits then have a deviation near 1 and both sides differ by more than rounding.
     """
-    config = model.ModelConfig.from_hf(preset.shape)
-    graphdef, params = model.init(config, options, jax.random.key(0), mesh)
+    config = decoder.ModelConfig.from_hf(preset.shape)
+    graphdef, params = decoder.init(config, options, jax.random.key(0), mesh)
     return config, graphdef, {**params, "embed_tokens": 3 * params["embed_tokens"]}
 
 
@@ -236,7 +238,7 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1))
-    options = model.Options(dtype=preset.dtype, remat=args.remat, unroll=args.unroll)
+    options = decoder.Options(dtype=preset.dtype, remat=args.remat, unroll=args.unroll)
     config, graphdef, params = with_params(preset, mesh, options)
     flops, (peak, peak_source) = model_flops(config, preset), peak_flops()
     sizes = {

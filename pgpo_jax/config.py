@@ -12,11 +12,11 @@ from pgpo_jax import fields
 from pgpo_jax.checkpoint import CheckpointConfig
 from pgpo_jax.data import DataConfig
 from pgpo_jax.errors import InputError, require
-from pgpo_jax.evaluate import EvaluationConfig
+from pgpo_jax.evaluation import EvaluationConfig
 from pgpo_jax.hf import ModelSection
+from pgpo_jax.logs import AlarmsConfig, MetricsConfig
 from pgpo_jax.losses import DistillationConfig
-from pgpo_jax.metrics import MetricsConfig
-from pgpo_jax.objectives import ObjectiveConfig
+from pgpo_jax.methods import ObjectiveConfig
 from pgpo_jax.optimizer import OptimizerConfig
 from pgpo_jax.reprompt import RepromptConfig
 from pgpo_jax.sampler import SamplingConfig
@@ -24,7 +24,6 @@ from pgpo_jax.sharding import DistributedConfig, MeshConfig
 from pgpo_jax.tasks import TaskConfig
 from pgpo_jax.teacher import TeacherConfig
 from pgpo_jax.warm_start import WarmStartConfig
-from pgpo_jax.watch import AlarmsConfig
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pgpo_jax import distributions, information, losses, objectives
+from pgpo_jax import distributions, information, losses, methods
 from pgpo_jax.errors import InputError
 from pgpo_jax.sharding import BATCH_AXES
 
@@ -51,7 +51,7 @@ class _Rows(NamedTuple):
     tokens: Array
     weights: Array
     sampler_log_probs: Array | None
-    policy: objectives.Policy | None
+    policy: methods.Policy | None
 
 
 def distill(
@@ -62,10 +62,10 @@ def distill(
     tokens: Int[Array, " tokens"],
     weights: Float[Array, " tokens"],
     sampler_log_probs: Float[Array, " tokens"] | None = None,
-    policy: objectives.Policy | None = None,
+    policy: methods.Policy | None = None,
     *,
     config: losses.DistillationConfig,
-    objective: objectives.ObjectiveConfig = objectives.SDPO,
+    objective: methods.ObjectiveConfig = methods.SDPO,
     vocab_size: int | None = None,
     estimators: Sequence[information.Estimator] = ("entropy_gap",),
     mesh: Mesh | None = None,
@@ -180,10 +180,10 @@ def token_terms(
     teacher_logits: Float[Array, "*tokens vocab"],
     tokens: Int[Array, "*tokens"],
     sampler_log_probs: Float[Array, "*tokens"] | None,
-    policy: objectives.Policy | None = None,
+    policy: methods.Policy | None = None,
     *,
     config: losses.DistillationConfig,
-    objective: objectives.ObjectiveConfig = objectives.SDPO,
+    objective: methods.ObjectiveConfig = methods.SDPO,
     vocab_size: int | None,
     estimators: Sequence[information.Estimator],
 ) -> Terms:
@@ -228,9 +228,7 @@ def token_terms(
     }
     loss = None
     if policy is not None:
-        loss = objectives.policy_terms(
-            token_log_probs, sampler_log_probs, chosen, policy, objective
-        )
+        loss = methods.policy_terms(token_log_probs, sampler_log_probs, chosen, policy, objective)
     return Terms(divergence=divergence, policy=loss, **jax.lax.stop_gradient(measured))
 
 

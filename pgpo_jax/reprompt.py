@@ -17,8 +17,7 @@ import numpy as np
 
 from pgpo_jax import data
 from pgpo_jax.errors import InputError, require
-from pgpo_jax.tasks import Question
-from pgpo_jax.verifiers import Outcome, given_answer
+from pgpo_jax.tasks import Outcome, Question, given_answer
 
 TEMPLATES: Mapping[str, str] = {
     "reprompt": "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",

@@ -11,12 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from pgpo_jax import information, losses, objectives, packing, sharding
-from pgpo_jax.data import Batch
+from pgpo_jax import information, losses, methods, sharding
+from pgpo_jax.data import Batch, Packed, packing
 from pgpo_jax.fused import distill, score
-from pgpo_jax.objectives import SDPO, ObjectiveConfig, Policy
+from pgpo_jax.methods import SDPO, ObjectiveConfig, Policy
 from pgpo_jax.optimizer import information_state, init_state, state_shardings
-from pgpo_jax.packing import Packed
 from pgpo_jax.teacher import AVERAGE, TeacherConfig, mix_logits, refresh
 
 
@@ -171,7 +170,7 @@ def make_train_step(
                 *jax.lax.stop_gradient(inputs), _flat(weight), estimators=(config.estimator,)
             )
             gaps = terms.information[config.estimator]
-            raw = objectives.token_weights(objective, terms.teacher_entropy, gaps)
+            raw = methods.token_weights(objective, terms.teacher_entropy, gaps)
             weight *= packing.to_mean_1(batch, raw.reshape(weight.shape))
         policy = policy_of(batch, weights, log_probs_in)
         loss, terms = vocabulary_pass(
@@ -273,15 +272,15 @@ def _weights(
     """The weight of every response's tokens in the loss and in the measurements, from the whole
     batch, so that micro-batches cannot change it; and whether the batch adds to the loss at all."""
     lengths, context = packing.response_lengths(batch), jnp.asarray(batch.has_context).ravel()
-    unknown = objectives.Judged(jnp.zeros_like(context), *[jnp.zeros(context.shape)] * 2)
+    unknown = methods.Judged(jnp.zeros_like(context), *[jnp.zeros(context.shape)] * 2)
     judged = jax.tree.map(jnp.ravel, batch.judged or unknown)
-    routes = objectives.route(objective, judged.success, context)
+    routes = methods.route(objective, judged.success, context)
     per_token = losses.response_weights(
         lengths, routes.policy | routes.distillation, config.aggregation
     )
     weights = {
-        "distillation": objectives.distillation_coefficient(objective, step)
-        * objectives.question_weights(objective, judged.share)
+        "distillation": methods.distillation_coefficient(objective, step)
+        * methods.question_weights(objective, judged.share)
         * per_token
         * routes.distillation,
         "context": information.response_weights(lengths, context),
@@ -293,7 +292,7 @@ def _weights(
     counts = lengths > 0
     active = jnp.any((weights["distillation"] != 0) & counts)
     if objective.policy:
-        evidence = jnp.full(context.shape, objectives.advantage_weight(objective, step))
+        evidence = jnp.full(context.shape, methods.advantage_weight(objective, step))
         matters = judged.advantages != 0
         if objective.advantage == "choice":  # without a context its choice is the student's own
             evidence *= context

@@ -18,18 +18,28 @@ import jax
 import numpy as np
 
 from pgpo_jax import config as config_module
-from pgpo_jax import data, objectives, packing, reactions, sharding
+from pgpo_jax import data, methods, sharding
 from pgpo_jax.checkpoint import Checkpoints
-from pgpo_jax.claim import claim_folder
 from pgpo_jax.config import Config
-from pgpo_jax.data import Contexts, Evidence, Rollouts
+from pgpo_jax.data import Contexts, Evidence, Rollouts, packing
 from pgpo_jax.errors import InputError, RunError, command, printable
-from pgpo_jax.evaluate import answer, evaluate, held_out, question_rewards, verify
-from pgpo_jax.loading import Run, check_rows, checkpoint_folder, describe, load_run
-from pgpo_jax.metrics import Writer, count_compilations
+from pgpo_jax.evaluation import answer, evaluate, held_out, question_rewards, verify
+from pgpo_jax.logs import End, Watch, Writer, count_compilations
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
 from pgpo_jax.reprompt import reprompt, show_answers
-from pgpo_jax.rollout import rollout
+from pgpo_jax.run import (
+    Run,
+    check_rows,
+    checkpoint_folder,
+    claim_folder,
+    describe,
+    load_run,
+    reactions,
+    records,
+    summarise,
+    token_columns,
+)
+from pgpo_jax.sampler import rollout
 from pgpo_jax.step import (
     TrainState,
     abstract_train_state,
@@ -37,11 +47,8 @@ from pgpo_jax.step import (
     make_train_step,
     train_state_shardings,
 )
-from pgpo_jax.summary import records, summarise, token_columns
-from pgpo_jax.tasks import Question
-from pgpo_jax.verifiers import Outcome
+from pgpo_jax.tasks import Outcome, Question
 from pgpo_jax.warm_start import warm_start
-from pgpo_jax.watch import End, Watch
 
 STOPPED = 75
 """Exit code after a signal: the state is saved, the same command goes on (EX_TEMPFAIL)."""
@@ -139,7 +146,7 @@ def train(config: Config) -> int:
             contexts = _reprompt(config, run, questions, rollouts, outcomes, step)
             evidence = _show_answers(config, run, questions, rollouts, outcomes)
             prompted = time.perf_counter()
-            judged = objectives.judge(
+            judged = methods.judge(
                 [[outcome.reward for outcome in group] for group in outcomes],
                 config.reprompt.threshold,
                 config.objective.scale_advantage,

@@ -20,15 +20,15 @@ PLACES = {
     "rollout": ("pgpo_jax.train", "rollout"),
     "verification": ("pgpo_jax.train", "verify"),
     "update": ("pgpo_jax.train", "make_train_step"),
-    "metrics": ("pgpo_jax.metrics", "Writer.write"),
-    "samples": ("pgpo_jax.metrics", "Writer.samples"),
-    "evaluation": ("pgpo_jax.evaluate", "verify"),
+    "metrics": ("pgpo_jax.logs.writer", "Writer.write"),
+    "samples": ("pgpo_jax.logs.writer", "Writer.samples"),
+    "evaluation": ("pgpo_jax.evaluation", "verify"),
     "best": ("pgpo_jax.checkpoint", "Checkpoints.save_best"),
     "save": ("pgpo_jax.checkpoint", "Checkpoints.save"),
     "commit": ("os", "rename"),
     "deletion": ("shutil", "rmtree"),
     "config": ("os", "replace"),
-    "cut": ("pgpo_jax.lines", "Lines.__init__"),
+    "cut": ("pgpo_jax.logs.jsonl", "Lines.__init__"),
 }
 AFTER = {"update", "best", "save", "cut"}  # in the middle of what the call has begun
 

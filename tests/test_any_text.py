@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reprompt import contexts, decoded, question
 
-from pgpo_jax import rows, tasks, verifiers
+from pgpo_jax import tasks
 from pgpo_jax.errors import InputError, printable
+from pgpo_jax.tasks import rows, verifiers
 
 # What checks, templates, JSON and terminals give a meaning to.
 PIECES = st.sampled_from(

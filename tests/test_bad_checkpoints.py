@@ -13,7 +13,8 @@ import pytest
 from refusal import ARCHITECTURE, table, write_config
 from safetensors.numpy import load_file, save_file
 
-from pgpo_jax import addition, hf
+from pgpo_jax import hf
+from pgpo_jax.tasks import addition
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND, LAST = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))

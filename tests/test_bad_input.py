@@ -12,7 +12,8 @@ from pathlib import Path
 
 from refusal import ARCHITECTURE, assert_line, table, write_config
 
-from pgpo_jax import rows, tasks
+from pgpo_jax import tasks
+from pgpo_jax.tasks import rows
 
 ROOT = Path(__file__).parent.parent
 

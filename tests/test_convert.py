@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-from pgpo_jax import convert, errors, hf, model
+from pgpo_jax import convert, errors, hf
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.config import Config, dump
 from pgpo_jax.errors import InputError
-from pgpo_jax.model import ModelConfig
+from pgpo_jax.models import ModelConfig, decoder
 
 # Head dimension and theta are not what a reader would guess; a row of 64 is two quantised blocks.
 SIZES = {"v": 288, "d": 64, "f": 96, "h": 32, "q": 128, "k": 64}
@@ -86,7 +86,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     for name, value in (settings or {}).items():
         writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
-    writer.add_tokenizer_model(model)
+    writer.add_tokenizer_model(decoder)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
     writer.add_token_types(TYPES)
@@ -459,7 +459,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def student(seed: int) -> Any:
-    return model.init(ModelConfig.from_hf(ARCHITECTURE), model.Options(), jax.random.key(seed))[1]
+    return decoder.init(ModelConfig.from_hf(ARCHITECTURE), decoder.Options(), jax.random.key(seed))[
+        1
+    ]
 
 
 @pytest.mark.parametrize(("arguments", "seed"), [([], 2), (["--which", "best"], 1)])

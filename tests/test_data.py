@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgpo_jax import addition, data
+from pgpo_jax import data
 from pgpo_jax.errors import InputError
+from pgpo_jax.tasks import addition
 
 TOKENIZER = addition.make_tokenizer()
 

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from pgpo_jax.evaluate import Answered, question_rewards, scores, verify
-from pgpo_jax.tasks import Question, Task
-from pgpo_jax.verifiers import Outcome
+from pgpo_jax.evaluation import Answered, question_rewards, scores, verify
+from pgpo_jax.tasks import Outcome, Question, Task
 
 
 def question(key):

@@ -21,10 +21,10 @@ from test_checkpoint import assert_bitwise_equal, make_state
 from test_distributed import finish, start
 from test_train import TINY, code, rows
 
-from pgpo_jax import checkpoint, config, contents, train
-from pgpo_jax.checkpoint import Checkpoints
+from pgpo_jax import checkpoint, config, train
+from pgpo_jax.checkpoint import Checkpoints, digest
 from pgpo_jax.errors import InputError, RunError
-from pgpo_jax.metrics import Writer
+from pgpo_jax.logs import Writer
 
 # A restore that fails leaves tasks of Orbax and TensorStore behind, which complain when dropped.
 pytestmark = [
@@ -531,16 +531,16 @@ def test_checksums_are_the_same_on_every_mesh_and_see_every_bit():
         "c": jnp.int32(5),
         "d": jnp.array([True, False]),
     }
-    plain = contents.checksums(arrays)
+    plain = digest.checksums(arrays)
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"))
     spread = {
         **arrays,
         "a": jax.device_put(arrays["a"], jax.NamedSharding(mesh, jax.P("data", "fsdp"))),
     }
-    assert contents.checksums({"a": spread["a"]})["a"] == plain["a"]
+    assert digest.checksums({"a": spread["a"]})["a"] == plain["a"]
     for bit in range(0, 32 * 64, 37):
         bits = np.asarray(arrays["a"]).view(np.uint32).copy()
         bits.reshape(-1)[bit // 32] ^= np.uint32(1 << bit % 32)
-        assert contents.checksums({"a": jnp.array(bits.view(np.float32))})["a"] != plain["a"]
+        assert digest.checksums({"a": jnp.array(bits.view(np.float32))})["a"] != plain["a"]
     swapped = arrays["a"][::-1]
-    assert contents.checksums({"a": swapped})["a"] != plain["a"]
+    assert digest.checksums({"a": swapped})["a"] != plain["a"]

@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from pgpo_jax import hf, hf_files, model, sharding
+from pgpo_jax import hf, sharding
 from pgpo_jax.errors import InputError
-from pgpo_jax.model import ModelConfig, Options
+from pgpo_jax.hf import files
+from pgpo_jax.models import ModelConfig, Options, decoder
 
 ARCHITECTURE = {**make_goldens.TINY, "model_type": "qwen3", "head_dim": 8}
 
@@ -87,8 +88,8 @@ def test_every_mesh_reads_and_writes_the_same(shape, tmp_path):
         graphdef, split = hf.load(folder, mesh=mesh)
         assert_equal(params, split)
         expected = sharding.shardings(
-            model.param_axes(hf.load_config(folder)),
-            model.param_shapes(hf.load_config(folder)),
+            decoder.param_axes(hf.load_config(folder)),
+            decoder.param_shapes(hf.load_config(folder)),
             mesh,
         )
         assert jax.tree.map(lambda x: x.sharding, split) == expected
@@ -98,14 +99,14 @@ def test_every_mesh_reads_and_writes_the_same(shape, tmp_path):
 
 def test_only_the_parts_that_a_device_needs_are_read(monkeypatch):
     read = []
-    original = hf_files.Tensor.read
+    original = files.Tensor.read
 
     def counted(self, index):
         part = original(self, index)
         read.append(part.size)
         return part
 
-    monkeypatch.setattr(hf_files.Tensor, "read", counted)
+    monkeypatch.setattr(files.Tensor, "read", counted)
     mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
     _, params = hf.load(make_goldens.GOLDENS / "llama3", mesh=mesh)
     assert sum(read) == sum(leaf.size for leaf in jax.tree.leaves(params))

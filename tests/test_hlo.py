@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pgpo_jax import hlo, hlo_cost
+from pgpo_jax.plan import hlo, hlo_cost
 
 HEADER = "HloModule m, is_scheduled=true\n\n"
 LOOP = """

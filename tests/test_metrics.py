@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.metrics import MetricsConfig, Writer
+from pgpo_jax.logs import MetricsConfig, Writer
 
 EVERY_LINE = MetricsConfig(log_seconds=0)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpo_jax import attention, model, rope, sharding
+from pgpo_jax import sharding
 from pgpo_jax.errors import InputError
+from pgpo_jax.models import attention, decoder, rope
 
 TINY = {
     "vocab_size": 64,
@@ -33,15 +34,17 @@ FAMILIES = {
     },
 }
 TOLERANCE = 1e-5  # float32, hidden states of magnitude 3; sums are ordered differently
-EXACT = model.Options(dtype=jnp.float32)
+EXACT = decoder.Options(dtype=jnp.float32)
 
 
-def config_of(family: str, **changes) -> model.ModelConfig:
-    return model.ModelConfig.from_hf({**TINY, **FAMILIES[family], "model_type": family, **changes})
+def config_of(family: str, **changes) -> decoder.ModelConfig:
+    return decoder.ModelConfig.from_hf(
+        {**TINY, **FAMILIES[family], "model_type": family, **changes}
+    )
 
 
 @functools.cache
-def example(family: str, options: model.Options = EXACT):
+def example(family: str, options: decoder.Options = EXACT):
     """A model whose every parameter is random, norms and biases too."""
     config = config_of(family)
     rng = np.random.default_rng(0)
@@ -50,12 +53,12 @@ def example(family: str, options: model.Options = EXACT):
         around = 1.0 if "norm" in str(path[-1]) else 0.0
         return jnp.asarray(around + 0.2 * rng.standard_normal(leaf.shape, np.float32))
 
-    params = jax.tree.map_with_path(value, model.param_shapes(config))
-    return model.make_graphdef(config, options), params
+    params = jax.tree.map_with_path(value, decoder.param_shapes(config))
+    return decoder.make_graphdef(config, options), params
 
 
 @functools.cache
-def forward(family: str, options: model.Options = EXACT):
+def forward(family: str, options: decoder.Options = EXACT):
     """Jitted hidden states of `example`."""
     graphdef, params = example(family, options)
     jitted = jax.jit(lambda p, t, m: nnx.merge(graphdef, p).hidden(t, m))
@@ -112,7 +115,7 @@ def test_padding_may_stand_anywhere_and_does_not_matter(family):
 
 
 @functools.cache
-def gradients(options: model.Options):
+def gradients(options: decoder.Options):
     """Of `example("olmo3")`, one row only padding; and again with other tokens at the padding."""
     graphdef, params = example("olmo3", options)
     tokens, mask, _ = ragged()
@@ -167,7 +170,7 @@ def trained(shape):
     """Parameters, loss and gradient on a mesh, or on one device."""
     mesh = sharding.make_mesh(sharding.MeshConfig(*shape)) if shape else None
     config = config_of("qwen3", num_attention_heads=8)
-    graphdef, params = model.init(config, EXACT, jax.random.key(0), mesh)
+    graphdef, params = decoder.init(config, EXACT, jax.random.key(0), mesh)
     rows = ragged(rows=8, time=32)[:2]
     rows = rows if mesh is None else sharding.to_global(rows, mesh)
     loss = jax.value_and_grad(lambda p, t, m: jnp.mean(nnx.merge(graphdef, p)(t, m) ** 2))
@@ -197,13 +200,13 @@ def test_shapes_axes_and_parameters_have_one_structure():
     for family in FAMILIES:
         config = config_of(family)
         graphdef, params = example(family)
-        shapes, axes = model.param_shapes(config), model.param_axes(config)
+        shapes, axes = decoder.param_shapes(config), decoder.param_axes(config)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
             lambda x: (x.shape, x.dtype), params
         )
         jax.tree.map(lambda x, names: len(x.shape) == len(names) or 1 / 0, shapes, axes)
-        assert graphdef == model.make_graphdef(config, EXACT)
-        assert hash(graphdef) == hash(model.make_graphdef(config, EXACT))
+        assert graphdef == decoder.make_graphdef(config, EXACT)
+        assert hash(graphdef) == hash(decoder.make_graphdef(config, EXACT))
 
 
 def test_no_matrix_starts_at_zero():
@@ -218,7 +221,7 @@ def test_bfloat16_computes_logits_in_float32():
     call = lambda options: nnx.merge(*example("qwen3", options)).logits(  # noqa: E731
         forward("qwen3", options)(tokens, mask)
     )
-    logits, exact = call(model.Options()), call(EXACT)
+    logits, exact = call(decoder.Options()), call(EXACT)
     assert logits.dtype == jnp.float32
     assert len(np.unique(logits)) > 0.9 * logits.size  # 16 bits would repeat themselves
     np.testing.assert_allclose(logits[mask], exact[mask], atol=0.05 * float(jnp.abs(exact).max()))
@@ -228,7 +231,7 @@ def test_compilation_does_not_grow_with_depth():
     sizes = []
     for depth in (4, 16):
         config = config_of("qwen3", num_hidden_layers=depth)
-        graphdef, shapes = model.make_graphdef(config, EXACT), model.param_shapes(config)
+        graphdef, shapes = decoder.make_graphdef(config, EXACT), decoder.param_shapes(config)
         tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
         forward = jax.jit(lambda p, t, g=graphdef: nnx.merge(g, p)(t))
         sizes.append(len(forward.lower(shapes, tokens).as_text()))
@@ -267,7 +270,7 @@ def test_splash_attention_names_the_rule_on_the_length():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_configuration_survives_writing_and_reading(family):
     config = config_of(family, eos_token_id=[3, 4], rope_theta=12_345.0)
-    assert model.ModelConfig.from_hf(config.to_hf()) == config
+    assert decoder.ModelConfig.from_hf(config.to_hf()) == config
 
 
 SCALING = {"factor": 2.0, "original_max_position_embeddings": 32}
@@ -330,10 +333,10 @@ def test_what_the_decoder_does_not_compute_is_refused(changes, message):
 
 def test_unknown_keys_of_an_architecture_stated_in_a_run_are_refused():
     with pytest.raises(InputError, match=r"architecture: got \['num_layers'\]; must be among"):
-        model.ModelConfig.from_hf({**TINY, "model_type": "qwen3", "num_layers": 2}, strict=True)
+        decoder.ModelConfig.from_hf({**TINY, "model_type": "qwen3", "num_layers": 2}, strict=True)
 
 
 @pytest.mark.parametrize("name", ["remat", "attention"])
 def test_unknown_options_are_refused(name):
     with pytest.raises(InputError, match=f"{name}: got 'some'; must be one of"):
-        model.Options(**{name: "some"})
+        decoder.Options(**{name: "some"})

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgpo_jax import data, fused, losses, objectives, packing, sharding
-from pgpo_jax.objectives import ObjectiveConfig, Policy
+from pgpo_jax import data, fused, losses, sharding
+from pgpo_jax.data import packing
+from pgpo_jax.methods import ObjectiveConfig, Policy, objective
 
 TOKENS, EMBED, VOCAB = 24, 6, 20
 RNG = np.random.default_rng(0)
@@ -36,17 +37,17 @@ POLICY = Policy(
 
 def terms(policy=POLICY, **config):
     config = ObjectiveConfig(policy=1.0, **config)
-    return objectives.policy_terms(LOG_PROBS, OLD, CHOSEN, policy, config)
+    return objective.policy_terms(LOG_PROBS, OLD, CHOSEN, policy, config)
 
 
 def test_advantages_are_relative_to_the_group():
     rewards = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
-    judged = objectives.judge(rewards)
+    judged = objective.judge(rewards)
     expected = [0.75 / (0.5 + 1e-4), *[-0.25 / (0.5 + 1e-4)] * 3, 0, 0, 0, 0]
     np.testing.assert_allclose(judged.advantages, expected, rtol=1e-5)
     assert judged.success.tolist() == [True, False, False, False, True, True, True, True]
     assert judged.share.tolist() == [0.25] * 4 + [1.0] * 4
-    plain = objectives.judge(rewards, threshold=1.5, scale_advantage=False)
+    plain = objective.judge(rewards, threshold=1.5, scale_advantage=False)
     np.testing.assert_allclose(plain.advantages, [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0])
     assert not plain.success.any()
 
@@ -54,14 +55,14 @@ def test_advantages_are_relative_to_the_group():
 def test_the_surrogate_is_that_of_ppo():
     ratios = jnp.array([0.5, 0.9, 1.1, 1.5])
     for advantage, expected in ((1.0, [0.5, 0.9, 1.1, 1.28]), (-1.0, [-0.8, -0.9, -1.1, -1.5])):
-        got = objectives.surrogate(jnp.log(ratios), jnp.zeros(4), jnp.full(4, advantage))
+        got = objective.surrogate(jnp.log(ratios), jnp.zeros(4), jnp.full(4, advantage))
         np.testing.assert_allclose(got, -np.array(expected), rtol=1e-6)
 
 
 def test_the_gradient_stops_where_the_ratio_is_clipped_and_is_reinforces_elsewhere():
     log_ratios = jnp.log(jnp.array([0.5, 1.0, 1.0, 1.5]))
     advantages = jnp.array([-1.0, 2.0, -3.0, 1.0])
-    gradient = jax.grad(lambda x: jnp.sum(objectives.surrogate(x, jnp.zeros(4), advantages)))(
+    gradient = jax.grad(lambda x: jnp.sum(objective.surrogate(x, jnp.zeros(4), advantages)))(
         log_ratios
     )
     np.testing.assert_allclose(gradient, [0, -2, 3, 0], rtol=1e-6)
@@ -89,7 +90,7 @@ def test_the_weight_of_the_evidence_fades_to_grpo():
     for advantage in ("contrast", "evidence", "choice"):
         chex.assert_trees_all_equal(terms(faded, advantage=advantage), terms())
     config = ObjectiveConfig(advantage_weight=0.5, advantage_steps=25)
-    weights = [float(objectives.advantage_weight(config, jnp.int32(k))) for k in (0, 5, 25, 90)]
+    weights = [float(objective.advantage_weight(config, jnp.int32(k))) for k in (0, 5, 25, 90)]
     np.testing.assert_allclose(weights, [0.5, 0.4, 0, 0], atol=1e-7)
 
 
@@ -100,7 +101,7 @@ ADVANTAGES = st.floats(-5, 5, width=32).filter(lambda a: a == 0 or abs(a) > 1e-3
     ADVANTAGES, st.floats(-300, 300, width=32), st.floats(0, 1, width=32), st.floats(0, 0.875)
 )
 def test_evidence_keeps_the_sign_of_an_advantage(advantage, evidence, weight, clip):
-    got = objectives.weigh_by_evidence(
+    got = objective.weigh_by_evidence(
         *(jnp.asarray(x, jnp.float32) for x in (advantage, evidence, weight)), clip
     )
     assert np.sign(got) == np.sign(np.float32(advantage))
@@ -108,9 +109,9 @@ def test_evidence_keeps_the_sign_of_an_advantage(advantage, evidence, weight, cl
 
 
 def test_the_teachers_choice_raises_an_advantage_by_its_probability():
-    plain = objectives.policy_terms(LOG_PROBS, None, CHOSEN, POLICY, ObjectiveConfig(policy=1.0))
+    plain = objective.policy_terms(LOG_PROBS, None, CHOSEN, POLICY, ObjectiveConfig(policy=1.0))
     config = ObjectiveConfig(policy=1.0, advantage="choice")
-    raised = objectives.policy_terms(LOG_PROBS, None, CHOSEN, POLICY, config)
+    raised = objective.policy_terms(LOG_PROBS, None, CHOSEN, POLICY, config)
     np.testing.assert_allclose(plain - raised, 0.5 * jnp.exp(CHOSEN), rtol=1e-5, atol=1e-6)
 
 
@@ -118,15 +119,15 @@ def test_the_router_sends_every_row_at_most_one_way():
     success = jnp.array([True, True, False, False])
     context = jnp.array([True, False, True, False])
     config = ObjectiveConfig(policy=1.0, route="by_outcome")
-    routes = objectives.route(config, success, context)
+    routes = objective.route(config, success, context)
     assert routes.policy.tolist() == [True, True, False, False]
     assert routes.distillation.tolist() == [False, False, True, False]
-    both = objectives.route(ObjectiveConfig(policy=0.5, distillation=0.5), success, context)
+    both = objective.route(ObjectiveConfig(policy=0.5, distillation=0.5), success, context)
     assert both.policy.all()
     assert both.distillation.tolist() == context.tolist()
-    only = objectives.route(ObjectiveConfig(policy=1.0, distillation=0.0), success, context)
+    only = objective.route(ObjectiveConfig(policy=1.0, distillation=0.0), success, context)
     assert not only.distillation.any()
-    assert not objectives.route(ObjectiveConfig(), success, context).policy.any()
+    assert not objective.route(ObjectiveConfig(), success, context).policy.any()
 
 
 def test_question_weights_have_mean_1_and_favour_what_is_half_solved():
@@ -134,9 +135,9 @@ def test_question_weights_have_mean_1_and_favour_what_is_half_solved():
     config = ObjectiveConfig(question_weight="spread")
     raw = np.sqrt([0, 0.25, 0.1875])
     expected = np.repeat(raw / raw.mean(), 4)
-    np.testing.assert_allclose(objectives.question_weights(config, share), expected, rtol=1e-6)
-    assert objectives.question_weights(config, jnp.zeros(8)).tolist() == [0] * 8
-    assert objectives.question_weights(ObjectiveConfig(), share).tolist() == [1] * 12
+    np.testing.assert_allclose(objective.question_weights(config, share), expected, rtol=1e-6)
+    assert objective.question_weights(config, jnp.zeros(8)).tolist() == [0] * 8
+    assert objective.question_weights(ObjectiveConfig(), share).tolist() == [1] * 12
 
 
 @pytest.mark.parametrize("kind", ["certainty", "information"])
@@ -145,7 +146,7 @@ def test_token_weights_have_mean_1_over_every_response(kind):
     mask = np.arange(6)[None] < lengths
     entropy, gaps = jnp.abs(normal(4, 6)), normal(4, 6).at[0, 5].set(1e6)
     config = ObjectiveConfig(token_weight=kind, token_alpha=2.0)
-    raw = objectives.token_weights(config, entropy, gaps)
+    raw = objective.token_weights(config, entropy, gaps)
     assert np.isfinite(raw).all()
     exponent = -entropy if kind == "certainty" else 2 * gaps
     ratio = jnp.exp(exponent[0, 1] - exponent[0, 0])
@@ -161,9 +162,9 @@ def test_token_weights_have_mean_1_over_every_response(kind):
 
 def test_the_coefficient_of_the_distillation_fades_linearly():
     config = ObjectiveConfig(distillation=0.002, distillation_end=0.0, distillation_steps=200)
-    values = [float(objectives.distillation_coefficient(config, k)) for k in (0, 100, 200, 999)]
+    values = [float(objective.distillation_coefficient(config, k)) for k in (0, 100, 200, 999)]
     np.testing.assert_allclose(values, [0.002, 0.001, 0, 0], atol=1e-8)
-    assert float(objectives.distillation_coefficient(ObjectiveConfig(), 7)) == 1
+    assert float(objective.distillation_coefficient(ObjectiveConfig(), 7)) == 1
 
 
 # ---- in the vocabulary pass ----------------------------------------------------------------------

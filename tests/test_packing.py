@@ -16,11 +16,11 @@ from test_distributed import finish, start
 from test_step import ARCHITECTURE, make_batch, setup
 from test_train import TINY, without_time
 
-from pgpo_jax import attention, config, data, losses, model, packing, sharding, train
-from pgpo_jax.data import Batch, DataConfig
+from pgpo_jax import config, data, losses, sharding, train
+from pgpo_jax.data import Batch, DataConfig, Packed, packing
 from pgpo_jax.errors import InputError
 from pgpo_jax.losses import DistillationConfig
-from pgpo_jax.packing import Packed
+from pgpo_jax.models import attention, decoder
 
 
 def mesh_of(devices=1, platform="cpu"):
@@ -180,8 +180,8 @@ SLIDING = {
 
 @pytest.fixture(params=[ARCHITECTURE, SLIDING], ids=["full", "sliding"], scope="module")
 def net(request):
-    settings = model.ModelConfig.from_hf(request.param)
-    return nnx.merge(*model.init(settings, model.Options(dtype=jnp.float32), jax.random.key(0)))
+    settings = decoder.ModelConfig.from_hf(request.param)
+    return nnx.merge(*decoder.init(settings, decoder.Options(dtype=jnp.float32), jax.random.key(0)))
 
 
 def small_tokens(batch):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgpo_jax import config, model, sharding
+from pgpo_jax import config, sharding
 from pgpo_jax.data import Batch
+from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import learning_rate, make_optimizer
 from pgpo_jax.step import abstract_train_state, make_train_step, train_state_shardings
 
@@ -52,17 +53,17 @@ def test_its_settings_are_the_papers():
 def test_its_update_can_be_traced_at_full_size():
     c = config.load(str(PATH))
     mesh = sharding.make_mesh(c.mesh)
-    architecture = model.ModelConfig.from_hf(QWEN3_8B)
-    shapes = model.param_shapes(architecture)
+    architecture = decoder.ModelConfig.from_hf(QWEN3_8B)
+    shapes = decoder.param_shapes(architecture)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 8_190_735_360
-    where = sharding.shardings(model.param_axes(architecture), shapes, mesh)
+    where = sharding.shardings(decoder.param_axes(architecture), shapes, mesh)
     params = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
         where,
     )
     optimizer = make_optimizer(c.optimizer)
-    graphdef = model.make_graphdef(architecture, c.model.options())
+    graphdef = decoder.make_graphdef(architecture, c.model.options())
     step = make_train_step(
         graphdef,
         optimizer,

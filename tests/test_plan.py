@@ -11,8 +11,9 @@ import jax
 import pytest
 import yaml
 
-from pgpo_jax import chips, config, hlo_cost, lowering, plan
+from pgpo_jax import config, plan
 from pgpo_jax.errors import InputError
+from pgpo_jax.plan import chips, hlo_cost, programs, summary
 
 KEYS = {
     *("topology", "chips", "mesh", "fits", "hbm_bytes", "per_chip", "flops_per_chip"),
@@ -85,11 +86,11 @@ def test_parameters_are_split_as_the_mesh_says(local):
 
 def setup_on(path, count, *overrides):
     devices = jax.devices()[:count]
-    return lowering.make_setup(config.load(path, overrides), devices)
+    return programs.make_setup(config.load(path, overrides), devices)
 
 
 def matrix_flops(setup):
-    module = plan.compile_program(lowering.lower_train_step(setup)).module
+    module = plan.compile_program(programs.lower_train_step(setup)).module
     return hlo_cost.total(hlo_cost.operations(module)).matrix_flops
 
 
@@ -107,13 +108,13 @@ def test_the_models_operations_are_those_that_the_step_computes(path):
         "--mesh.tensor", "1", "--data.micro_batches", "1",
     )  # fmt: skip
     # Plain attention also computes the scores that the mask hides.
-    assert 1 <= matrix_flops(setup) / lowering.model_flops(setup) < 1.15
+    assert 1 <= matrix_flops(setup) / programs.model_flops(setup) < 1.15
 
 
 def test_the_batch_is_the_worst_that_the_limits_allow(path):
     setup = setup_on(path, 8)
     assert (setup.rows, setup.prompt, setup.teacher_prompt, setup.response) == (16, 8, 16, 24)
-    batch = lowering.abstract_batch(setup)
+    batch = programs.abstract_batch(setup)
     assert batch.teacher_prompts.shape == (16, 16)
     assert batch.sampler_log_probs.sharding.shard_shape((16, 24)) == (4, 24)
 
@@ -166,16 +167,16 @@ def test_times_are_the_slowest_of_products_memory_and_collectives():
     ],
 )  # fmt: skip
 def test_what_a_program_would_need_is_read_from_the_compilers_refusal(message, needed):
-    assert plan._needed(message) == needed
+    assert summary._needed(message) == needed
 
 
 def test_known_hub_models_need_no_network():
     section = config.load(None, ["--model.path", "Qwen/Qwen3-8B"]).model
-    architecture = lowering.architecture_of(section)
-    shapes = jax.tree.leaves(lowering.model.param_shapes(architecture))
+    architecture = programs.architecture_of(section)
+    shapes = jax.tree.leaves(programs.model.param_shapes(architecture))
     assert sum(x.size for x in shapes) == 8_190_735_360  # as the model's card says: 8.2e9
     with pytest.raises(InputError, match=r"model\.path.*model\.architecture"):
-        lowering.architecture_of(dataclasses.replace(section, path="no/such-model"))
+        programs.architecture_of(dataclasses.replace(section, path="no/such-model"))
 
 
 # ---- the command

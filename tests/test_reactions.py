@@ -5,7 +5,8 @@ import yaml
 from test_faults import rows
 from test_train import TINY, code
 
-from pgpo_jax import checkpoint, config, reactions, train
+from pgpo_jax import checkpoint, config, train
+from pgpo_jax.run import reactions
 
 # Every answer is wrong and counts as a success, so `flat` fires at the fifth update.
 RUN = {

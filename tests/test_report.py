@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusal import table
 
-from pgpo_jax import config, figures, report, runs
-from pgpo_jax.metrics import MetricsConfig, Writer
+from pgpo_jax import config, report
+from pgpo_jax.logs import MetricsConfig, Writer, reader
+from pgpo_jax.report import figures, page
 
 pytest.importorskip("matplotlib", reason="the extra `report` is absent")
 
@@ -68,7 +69,7 @@ def write(tmp_path):
 
 def table_of(*folders, most=1000):
     """The samples as the page gets them, and what it says of them."""
-    return report._samples(runs.read_runs(folders), most)
+    return page._samples(reader.read_runs(folders), most)
 
 
 class Page(HTMLParser):
@@ -130,10 +131,10 @@ def test_runs_that_differ_only_in_the_seed_are_one_group(write):
         write("two", "--seed", "1", base=0.2),
         write("other", "--optimizer.alpha", "0"),
     ]
-    found = runs.read_runs(names)
-    assert [len(group.runs) for group in runs.group(found)] == [2, 1]
-    assert [group.label for group in runs.group(found)] == ["alpha 1.0 (2 runs)", "alpha 0.0"]
-    assert set(runs.differences(found)) == {"seed", "output_dir", "optimizer.alpha"}
+    found = reader.read_runs(names)
+    assert [len(group.runs) for group in reader.group(found)] == [2, 1]
+    assert [group.label for group in reader.group(found)] == ["alpha 1.0 (2 runs)", "alpha 0.0"]
+    assert set(reader.differences(found)) == {"seed", "output_dir", "optimizer.alpha"}
     page = Page(report.report(names))
     assert "Report on 3 runs" in page.text
     assert "optimizer.alpha 1.0 1.0 0.0" in page.text
@@ -144,7 +145,7 @@ def test_a_field_that_an_older_run_lacks_is_a_difference(write, tmp_path):
     names = [write("one"), write("two")]
     text = (tmp_path / "two" / "config.yaml").read_text()
     (tmp_path / "two" / "config.yaml").write_text(text.replace("  rho_max: 2.0\n", ""))
-    assert runs.differences(runs.read_runs(names))["optimizer.rho_max"] == [2.0, runs.ABSENT]
+    assert reader.differences(reader.read_runs(names))["optimizer.rho_max"] == [2.0, reader.ABSENT]
     assert "optimizer.rho_max 2.0 (absent)" in Page(report.report(names)).text
 
 
@@ -152,13 +153,13 @@ def test_names_are_as_much_of_the_path_as_tells_runs_apart(tmp_path):
     for parent in ("a", "b"):
         (tmp_path / parent).mkdir()
         write_run(tmp_path / parent / "run")
-    found = runs.read_runs([str(tmp_path / parent / "run") for parent in ("a", "b")])
+    found = reader.read_runs([str(tmp_path / parent / "run") for parent in ("a", "b")])
     assert [run.name for run in found] == ["a/run", "b/run"]
 
 
 def test_a_band_is_the_range_of_the_runs_that_reached_a_step():
-    long = runs.Series(np.array([0, 2, 4, 6]), np.array([1.0, 2.0, np.nan, 4.0]))
-    short = runs.Series(np.array([0, 2, 4]), np.array([3.0, 4.0, 5.0]))
+    long = reader.Series(np.array([0, 2, 4, 6]), np.array([1.0, 2.0, np.nan, 4.0]))
+    short = reader.Series(np.array([0, 2, 4]), np.array([3.0, 4.0, 5.0]))
     steps, mean, low, high = figures._over_runs([long, short, long])
     assert steps.tolist() == [0, 2, 6]  # two values each
     np.testing.assert_allclose(mean, [5 / 3, 8 / 3, 4])
@@ -170,10 +171,10 @@ def test_smoothing_keeps_a_line_and_leaves_null_out():
     steps = np.arange(101)
     values = 3.0 * steps
     values[50] = np.nan
-    smooth = figures._smooth(runs.Series(steps, values), 5).values
+    smooth = figures._smooth(reader.Series(steps, values), 5).values
     np.testing.assert_allclose(smooth[2:48], 3.0 * steps[2:48])
     np.testing.assert_allclose(smooth[[0, 50, 100]], [3, 150, 297])
-    alone = runs.Series(np.array([1]), np.array([np.nan]))
+    alone = reader.Series(np.array([1]), np.array([np.nan]))
     assert np.isnan(figures._smooth(alone, 3).values).all()
 
 
@@ -181,7 +182,7 @@ def test_a_skipped_update_is_no_point_of_information_against_multiplier(write):
     folder = write()
     with (Path(folder) / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, "information": 0.0, "skipped": 1.0}) + "\n")
-    (run,) = runs.read_runs([folder])
+    (run,) = reader.read_runs([folder])
     information, _ = figures._paired(run)
     np.testing.assert_allclose(information, [0.1, 0.2, 0.3, 0.4, 0.5])
 
@@ -252,7 +253,7 @@ def test_more_groups_than_colours_are_told_apart():
 
 
 def test_the_page_is_the_same_each_time(write):
-    groups = runs.group(runs.read_runs([write()]))
+    groups = reader.group(reader.read_runs([write()]))
     assert figures.sections(groups) == figures.sections(groups)
 
 
@@ -327,12 +328,12 @@ def test_what_is_no_visible_character_is_written_out(write, response, shown):
 
 @given(st.text(st.characters(), max_size=40))
 def test_any_text_comes_through_both_ways_of_escaping(text):
-    encoded = report._json([text])
+    encoded = page._json([text])
     assert encoded.isascii() and not set("<>&") & set(encoded)
     assert json.loads(encoded) == [text]
     escaped = report.text(text)
     assert not set("<>\"'") & set(escaped)
-    assert html.unescape(escaped) == report._visible(text).replace("\r", "\n") or "\r" in text
+    assert html.unescape(escaped) == page._visible(text).replace("\r", "\n") or "\r" in text
 
 
 def test_a_huge_response_is_cut_and_what_was_left_out_is_counted(write):

@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from pgpo_jax import data, reprompt
 from pgpo_jax.errors import InputError
 from pgpo_jax.reprompt import RepromptConfig
-from pgpo_jax.tasks import Question
-from pgpo_jax.verifiers import Outcome
+from pgpo_jax.tasks import Outcome, Question
 
 CHAT = (
     "{%- for message in messages -%}[{{ message['role'] }}]{{ message['content'] }}"

@@ -11,7 +11,7 @@ from test_train import ARCHITECTURE, code
 
 from pgpo_jax import config, data, hf, reprompt, tasks, train
 from pgpo_jax.reprompt import RepromptConfig
-from pgpo_jax.verifiers import Outcome
+from pgpo_jax.tasks import Outcome
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 TOKENIZER = tasks.load(tasks.TaskConfig(name="addition")).tokenizer

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pgpo_jax import convert, data, errors, metrics, tasks, verifiers
+from pgpo_jax import convert, data, errors, tasks
 from pgpo_jax.errors import InputError
+from pgpo_jax.logs import writer
+from pgpo_jax.tasks import verifiers
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "pgpo_jax").glob("*.py"))
@@ -196,11 +198,11 @@ WRITTEN_OUT = r"\x1b[2J\x1b]0;title\x07\x9b31m\u202eabc\x08"
 @pytest.mark.parametrize("terminal", [False, True])
 def test_escape_sequences_do_not_reach_the_console(terminal, tmp_path, capsys, monkeypatch):
     if terminal:
-        monkeypatch.setattr(metrics, "Console", lambda **options: Console(force_terminal=True))
-    with metrics.Writer(tmp_path, total_steps=1) as writer:
-        writer.table("answers", [{"question": ESCAPES, "response": ESCAPES, "reward": 0.0}])
-        writer.say(ESCAPES)
-        writer.warn(ESCAPES)
+        monkeypatch.setattr(writer, "Console", lambda **options: Console(force_terminal=True))
+    with writer.Writer(tmp_path, total_steps=1) as out:
+        out.table("answers", [{"question": ESCAPES, "response": ESCAPES, "reward": 0.0}])
+        out.say(ESCAPES)
+        out.warn(ESCAPES)
     shown = capsys.readouterr().out
     assert shown.count(WRITTEN_OUT) >= 2
     for forbidden in ("\x1b[2J", "\x1b]0", "\x07", "\x9b", "\u202e", "\x08"):

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpo_jax import decoding, model, sampler, sharding
+from pgpo_jax import sampler, sharding
 from pgpo_jax.errors import InputError
-from pgpo_jax.sampler import SamplingConfig
+from pgpo_jax.models import decoder
+from pgpo_jax.sampler import SamplingConfig, decode
 
 VOCAB, WIDTH = 17, 9
-CONFIG = model.ModelConfig.from_hf(
+CONFIG = decoder.ModelConfig.from_hf(
     {
         "model_type": "qwen3",
         "vocab_size": VOCAB,
@@ -44,8 +45,8 @@ KEY = jax.random.key(5)
 
 
 def make(mesh=None):
-    options = model.Options(dtype=jnp.float32)
-    graphdef, params = model.init(CONFIG, options, jax.random.key(0), mesh)
+    options = decoder.Options(dtype=jnp.float32)
+    graphdef, params = decoder.init(CONFIG, options, jax.random.key(0), mesh)
     # Far from uniform, so that a wrong key or position shows.
     return graphdef, jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, params)
 
@@ -101,7 +102,7 @@ def test_log_probs_are_of_the_distribution_really_drawn_from(decoder):
     sampling = dataclasses.replace(SAMPLING, temperature=1.5, top_k=6, top_p=0.9, vocab_size=15)
     samples = run(decoder, sampling)
     logits = forward(decoder, samples).reshape(-1, VOCAB)
-    expected = np.asarray(decoding.distribution(logits, sampling.rule()))
+    expected = np.asarray(decode.distribution(logits, sampling.rule()))
     expected = np.take_along_axis(expected, samples.tokens.reshape(-1, 1), axis=1)
     expected = np.where(samples.mask, expected.reshape(samples.mask.shape), 0)
     np.testing.assert_allclose(samples.log_probs, expected, atol=1e-4)
@@ -243,11 +244,11 @@ def test_a_16_bit_cache_and_model_stay_close(decoder, drawn):
 
 def test_the_decoding_program_can_be_lowered_without_data(decoder):
     mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
-    shapes = model.param_shapes(CONFIG)
+    shapes = decoder.param_shapes(CONFIG)
     shapes = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
-        sharding.shardings(model.param_axes(CONFIG), shapes, mesh),
+        sharding.shardings(decoder.param_axes(CONFIG), shapes, mesh),
     )
     lowered = sampler.lower_decode(decoder[0], mesh, shapes, SAMPLING, slots=8, columns=32)
     assert "while" in lowered.as_text()
@@ -260,7 +261,7 @@ def rule(**fields):
     return SamplingConfig(**fields).rule()
 
 
-distribution = jax.jit(decoding.distribution, static_argnames="rule")
+distribution = jax.jit(decode.distribution, static_argnames="rule")
 
 logits_rows = arrays.arrays(np.float32, (3, 12), elements=st.floats(-8, 8, width=32), unique=True)
 
@@ -291,7 +292,7 @@ def test_top_k_keeps_k_and_the_rest_is_renormalised(logits, top_k, temperature):
 def test_ties_with_the_last_token_kept_are_kept():
     logits = jnp.asarray([[2.0, 1.0, 1.0, 0.0]])
     for fields in ({"top_k": 2}, {"top_p": 0.7}):
-        kept = jnp.isfinite(decoding.distribution(logits, rule(**fields)))
+        kept = jnp.isfinite(decode.distribution(logits, rule(**fields)))
         np.testing.assert_array_equal(kept, [[True, True, True, False]])
 
 
@@ -299,10 +300,10 @@ def test_rows_that_pad_the_vocabulary_are_never_drawn():
     logits = jnp.asarray([[1.0, 2.0, 3.0, 9.0]])
     for temperature in (0.0, 0.5):
         fields = {"temperature": temperature, "vocab_size": 3}
-        log_probs = decoding.distribution(logits, rule(**fields))
+        log_probs = decode.distribution(logits, rule(**fields))
         assert log_probs[0, 3] == -jnp.inf
         np.testing.assert_allclose(jnp.exp(log_probs).sum(), 1, rtol=1e-6)
-        assert decoding.draw(logits, jax.random.split(KEY, 1), rule(**fields))[0] < 3
+        assert decode.draw(logits, jax.random.split(KEY, 1), rule(**fields))[0] < 3
 
 
 def chi_square(counts, probs):
@@ -316,14 +317,14 @@ def test_frequencies_of_drawn_tokens_follow_the_distribution():
     logits = jnp.asarray([[1.5, 0.3, -1.0, 0.9, 2.0, -0.5, 0.0, 1.1]])
     config = rule(temperature=1.3, top_k=6)
     keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(100_000))
-    tokens, log_probs = decoding.draw(jnp.repeat(logits, 100_000, axis=0), keys, config)
+    tokens, log_probs = decode.draw(jnp.repeat(logits, 100_000, axis=0), keys, config)
     counts = np.bincount(np.asarray(tokens), minlength=8)
-    probs = np.exp(np.asarray(decoding.distribution(logits, config), np.float64))[0]
+    probs = np.exp(np.asarray(decode.distribution(logits, config), np.float64))[0]
     np.testing.assert_allclose(np.exp(log_probs), probs[tokens], rtol=1e-5)
     # 5 degrees of freedom: 33 is exceeded once in 250,000 draws of the keys.
     assert chi_square(counts, probs) < 33
     # The test can fail: a temperature 8 % off would be seen.
-    near = np.exp(np.asarray(decoding.distribution(logits, rule(temperature=1.2, top_k=6))))[0]
+    near = np.exp(np.asarray(decode.distribution(logits, rule(temperature=1.2, top_k=6))))[0]
     assert chi_square(counts, near.astype(np.float64)) > 33
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from pgpo_jax import information, losses, model, objectives, packing, sharding
-from pgpo_jax.data import Batch, DataConfig, Evidence
+from pgpo_jax import information, losses, sharding
+from pgpo_jax.data import Batch, DataConfig, Evidence, packing
 from pgpo_jax.losses import DistillationConfig
-from pgpo_jax.objectives import ObjectiveConfig
+from pgpo_jax.methods import ObjectiveConfig, objective
+from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
 from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
 from pgpo_jax.teacher import TeacherConfig
@@ -59,9 +60,9 @@ def setup(
     **options,
 ):
     mesh = sharding.make_mesh(sharding.MeshConfig(*mesh))
-    config = model.ModelConfig.from_hf(ARCHITECTURE)
-    graphdef, params = model.init(
-        config, model.Options(dtype=jnp.float32, **options), jax.random.key(0), mesh
+    config = decoder.ModelConfig.from_hf(ARCHITECTURE)
+    graphdef, params = decoder.init(
+        config, decoder.Options(dtype=jnp.float32, **options), jax.random.key(0), mesh
     )
     # Matrices of deviation 0.2: at 0.02 a tiny model's gradients are all rounding, and Adam's first
     # steps are the signs of the gradients.
@@ -110,7 +111,7 @@ def test_loss_and_information_are_those_of_the_definitions():
     batch = BATCHES[1]
 
     def logits(params, prompts, prompt_mask):
-        net = model.nnx.merge(graphdef, params)
+        net = decoder.nnx.merge(graphdef, params)
         tokens = jnp.concatenate([prompts, batch.responses], 1)
         mask = jnp.concatenate([prompt_mask, batch.response_mask], 1)
         return net(tokens, mask)[:, prompts.shape[1] - 1 : -1, :22]
@@ -143,7 +144,7 @@ def test_the_divergence_of_every_token_stands_in_its_row(mesh, micro_batches):
     batch = BATCHES[0]
     params = jax.device_get(state.student)
     student, teacher = (
-        model.nnx.merge(graphdef, jax.device_put(params))(
+        decoder.nnx.merge(graphdef, jax.device_put(params))(
             np.concatenate([prompts, batch.responses], 1),
             np.concatenate([prompt_mask, batch.response_mask], 1),
         )[:, prompts.shape[1] - 1 : -1, :22]
@@ -235,7 +236,7 @@ def with_rewards(batch: Batch, seed=0) -> Batch:
 
     has_wrong = np.repeat([True, False], SAMPLES)
     return batch._replace(
-        judged=objectives.judge([[1, 0, 0, 1], [0, 1, 0, 0]]),
+        judged=objective.judge([[1, 0, 0, 1], [0, 1, 0, 0]]),
         evidence=Evidence(*left(PROMPT + 1), *left(PROMPT + 2), has_wrong),
     )
 
@@ -290,7 +291,7 @@ def test_rehearsal_is_a_cross_entropy_on_successes_after_the_teachers_prompt():
     )
 
     def loss(student):
-        net = model.nnx.merge(graphdef, student)
+        net = decoder.nnx.merge(graphdef, student)
         tokens = jnp.concatenate([batch.teacher_prompts, batch.responses], 1)
         mask = jnp.concatenate([batch.teacher_prompt_mask, batch.response_mask], 1)
         log_p = jax.nn.log_softmax(net(tokens, mask)[:, PROMPT - 1 : -1, :22])
@@ -313,12 +314,12 @@ def test_grpo_is_the_policy_gradient_of_its_definition():
     advantages = batch.judged.advantages
 
     def loss(student):
-        net = model.nnx.merge(graphdef, student)
+        net = decoder.nnx.merge(graphdef, student)
         tokens = jnp.concatenate([batch.prompts, batch.responses], 1)
         mask = jnp.concatenate([batch.prompt_mask, batch.response_mask], 1)
         log_p = jax.nn.log_softmax(net(tokens, mask)[:, PROMPT - 1 : -1, :22])
         log_p = information.at_tokens(log_p, batch.responses)
-        terms = objectives.surrogate(log_p, batch.sampler_log_probs, advantages[:, None])
+        terms = objective.surrogate(log_p, batch.sampler_log_probs, advantages[:, None])
         return losses.aggregate(terms, batch.response_mask, jnp.ones(ROWS, bool))
 
     value, gradient = jax.value_and_grad(loss)(state.student)
@@ -330,7 +331,7 @@ def test_grpo_is_the_policy_gradient_of_its_definition():
 
 def test_grpo_skips_a_batch_in_which_every_group_has_one_reward():
     _, step, state, mesh = setup(objective=ObjectiveConfig(distillation=0.0, policy=1.0))
-    same = REWARDED[0]._replace(judged=objectives.judge([[0.0] * SAMPLES, [1.0] * SAMPLES]))
+    same = REWARDED[0]._replace(judged=objective.judge([[0.0] * SAMPLES, [1.0] * SAMPLES]))
     _, measured = step(state, sharding.to_global(same, mesh))
     assert measured["skipped"] == 1
     assert measured["loss"] == 0

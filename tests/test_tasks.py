@@ -6,9 +6,9 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from pgpo_jax import addition, rows, tasks
+from pgpo_jax import tasks
 from pgpo_jax.errors import InputError
-from pgpo_jax.tasks import TaskConfig, load
+from pgpo_jax.tasks import TaskConfig, addition, load, rows
 
 # --- addition ------------------------------------------------------------------------------
 

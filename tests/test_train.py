@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
-from pgpo_jax import addition, config, evaluate, hf, loading, train
+from pgpo_jax import config, evaluate, hf, train
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.errors import command
+from pgpo_jax.run import setup
+from pgpo_jax.tasks import addition
 
 ARCHITECTURE = {
     "model_type": "qwen3",
@@ -125,7 +127,7 @@ def test_a_resumed_run_is_the_run_without_an_interruption(write, tmp_path):
     assert list(map(without_time, halves)) == list(map(without_time, whole))
     students = []
     for name in ("whole", "halves"):
-        loaded = loading.load_run(config.load(str(tmp_path / name / "config.yaml")))
+        loaded = setup.load_run(config.load(str(tmp_path / name / "config.yaml")))
         with Checkpoints(str(tmp_path / name / "checkpoints"), read_only=True) as checkpoints:
             step, student = checkpoints.restore_student(loaded.params)
         assert step == 4

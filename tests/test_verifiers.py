@@ -8,9 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pgpo_jax import rewards, verifiers
 from pgpo_jax.errors import InputError
-from pgpo_jax.verifiers import exact, last_boxed, multiple_choice, numeric, tool_use
+from pgpo_jax.tasks import exact, last_boxed, multiple_choice, numeric, rewards, tool_use, verifiers
 
 needs_math = pytest.mark.skipif(
     verifiers.importlib.util.find_spec("math_verify") is None, reason="the extra `math` is absent"

@@ -6,9 +6,9 @@ from typing import get_args
 
 import pytest
 
-from pgpo_jax import watch
 from pgpo_jax.errors import InputError
-from pgpo_jax.watch import CONDITIONS, TRENDS, AlarmsConfig, Trace, Watch, follow
+from pgpo_jax.logs import CONDITIONS, TRENDS, AlarmsConfig, Trace, Watch, follow
+from pgpo_jax.logs.alarms import Name
 
 GOOD = {
     "loss": 0.5,
@@ -29,17 +29,17 @@ LESS_CERTAIN = GOOD | {"entropy/teacher": 1.2, "information": -0.2}
 
 def fired(rows, **config):
     """(step, name) of all that fires."""
-    watch = Watch(AlarmsConfig(**config))
-    return [(step, alarm.name) for step, row in enumerate(rows, 1) for alarm in watch.check(row)]
+    alarms = Watch(AlarmsConfig(**config))
+    return [(step, alarm.name) for step, row in enumerate(rows, 1) for alarm in alarms.check(row)]
 
 
 def text_of(name, rows, **config):
-    watch = Watch(AlarmsConfig(**config))
-    return next(alarm.text for row in rows for alarm in watch.check(row) if alarm.name == name)
+    alarms = Watch(AlarmsConfig(**config))
+    return next(alarm.text for row in rows for alarm in alarms.check(row) if alarm.name == name)
 
 
 def test_every_alarm_has_a_name_that_stop_on_takes():
-    assert set(get_args(watch.Name)) == {*CONDITIONS, *TRENDS}
+    assert set(get_args(Name)) == {*CONDITIONS, *TRENDS}
     assert not {*CONDITIONS} & {*TRENDS}
 
 
@@ -181,11 +181,11 @@ def test_a_watch_that_goes_on_from_its_saved_state_says_the_same():
 
 def ends(rows, **config):
     """(step, exit code) at which the run would end."""
-    watch = Watch(AlarmsConfig(**config))
+    alarms = Watch(AlarmsConfig(**config))
     found = []
     for step, row in enumerate(rows, 1):
-        watch.check(row)
-        if end := watch.end():
+        alarms.check(row)
+        if end := alarms.end():
             found.append((step, end.code))
     return found
 

@@ -1,0 +1,5 @@
+"""The state of a run on disk: saved by Orbax, checked by checksums, restored onto any mesh."""
+
+from pgpo_jax.checkpoint.store import CheckpointConfig, Checkpoints, compare, main
+
+__all__ = ["CheckpointConfig", "Checkpoints", "compare", "main"]

@@ -1,0 +1,8 @@
+"""`python -m pgpo_jax.checkpoint`."""
+
+import sys
+
+from pgpo_jax.checkpoint.store import main
+from pgpo_jax.errors import command
+
+sys.exit(command(main))

@@ -1,0 +1,37 @@
+"""From text to one batch: tokens, lengths, a replayable order, and rows that sequences share."""
+
+from pgpo_jax.data.packing import Packed
+from pgpo_jax.data.records import (
+    Batch,
+    Contexts,
+    DataConfig,
+    Evidence,
+    Rollouts,
+    batch_indices,
+    bucket,
+    encode,
+    left_pad,
+    make_batch,
+    render,
+    right_pad,
+    tokenize,
+    widen_left,
+)
+
+__all__ = [
+    "Batch",
+    "Contexts",
+    "DataConfig",
+    "Evidence",
+    "Packed",
+    "Rollouts",
+    "batch_indices",
+    "bucket",
+    "encode",
+    "left_pad",
+    "make_batch",
+    "render",
+    "right_pad",
+    "tokenize",
+    "widen_left",
+]

@@ -1,0 +1,257 @@
+"""Evaluation: avg@k, pass@k and maj@k on held-out questions."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from pgpo_jax import data, sharding
+from pgpo_jax.data import DataConfig
+from pgpo_jax.errors import InputError, require
+from pgpo_jax.reprompt import RepromptConfig, resolve_templates, teacher_messages
+from pgpo_jax.sampler import SamplingConfig, rollout
+from pgpo_jax.tasks import Outcome, Question, Task, given_answer
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How often, and with how many samples, held-out questions are answered."""
+
+    every: int = 5
+    """Updates between evaluations, besides those before the first and after the last; 0 = never."""
+    num_samples: int = 16
+    """k: responses per question."""
+    temperature: float = 0.6
+    """Sampling temperature."""
+    top_p: float = 0.95
+    """Nucleus of the sampling distribution."""
+    questions: int | None = None
+    """Use only the first so many held-out questions; null uses all."""
+    questions_per_batch: int = 64
+    """Questions answered at a time."""
+    preflight_questions: int = 32
+    """Held-out questions asked with and without a demonstration before training; 0 = none."""
+    teacher_questions: int = 0
+    """Held-out questions that the teacher answers at every evaluation with a right answer in its
+    prompt (`eval/teacher_with_demonstration`): whether it can still use one; 0 = none."""
+
+    def __post_init__(self):
+        require(
+            "evaluation",
+            self,
+            every=(self.every >= 0, "at least 0"),
+            num_samples=(self.num_samples >= 1, "at least 1"),
+            temperature=(self.temperature >= 0, "at least 0"),
+            top_p=(0 < self.top_p <= 1, "above 0 and at most 1"),
+            questions=(self.questions is None or self.questions >= 1, "at least 1, or null"),
+            questions_per_batch=(self.questions_per_batch >= 1, "at least 1"),
+            preflight_questions=(self.preflight_questions >= 0, "at least 0"),
+            teacher_questions=(self.teacher_questions >= 0, "at least 0"),
+        )
+
+
+class Answered(NamedTuple):
+    """Questions with their responses and outcomes, `[question][sample]`."""
+
+    questions: list[Question]
+    texts: list[list[str]]
+    outcomes: list[list[Outcome]]
+    lengths: np.ndarray
+    """Response tokens, `[question, sample]`."""
+
+
+def evaluate(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    task: Task,
+    tokenizer: Any,
+    key: jax.Array,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    data_config: DataConfig,
+    mesh: Mesh,
+) -> tuple[dict[str, float], Answered]:
+    """Answers the held-out questions and scores the answers.
+
+    Every host answers its share; the metrics are the same on all, the answers are the host's own.
+
+    Args:
+      graphdef: The model.
+      params: Its parameters.
+      task: Its `test` questions are asked.
+      tokenizer: The model's tokenizer.
+      key: Random key; the same key gives the same answers.
+      config: Number of samples, temperature, how many questions.
+      sampling: The training sampler, from which length limit and end tokens are taken.
+      data_config: Prompt limit and chat template options.
+      mesh: Where the parameters live.
+
+    Returns:
+      The metrics of `scores` under the prefix `eval/`, and this host's answers.
+
+    Raises:
+      InputError: The task has no held-out question.
+    """
+    sampling = dataclasses.replace(
+        sampling,
+        num_samples=config.num_samples,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=None,
+    )
+    questions = held_out(task, config)
+    answered = answer(
+        graphdef, params, task, tokenizer, questions, key, config, sampling, data_config, mesh
+    )
+    metrics = scores(answered, len(questions))
+    return {f"eval/{name}": value for name, value in metrics.items()}, answered
+
+
+def held_out(task: Task, config: EvaluationConfig) -> list[Question]:
+    """The questions that an evaluation asks.
+
+    Raises:
+      InputError: There are none.
+    """
+    questions = list(task.test[: config.questions])
+    if not questions:
+        raise InputError(
+            f"evaluation.every: got {config.every}, but {task.name} has no held-out question; set "
+            "it to 0, or give some (task.test_path, task.test_fraction, task.test_questions)"
+        )
+    return questions
+
+
+def answer(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    task: Task,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    key: jax.Array,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    data_config: DataConfig,
+    mesh: Mesh,
+    demonstrations: dict[str, str] | None = None,
+    reprompt: RepromptConfig | None = None,
+) -> Answered:
+    """This host's share of the questions, answered and verified batch by batch.
+
+    `demonstrations` (question key -> demonstration) puts the teacher's prompt, made as `reprompt`
+    and the task say, in place of the question's own.
+    """
+    reprompt = reprompt or RepromptConfig()
+    limit = "data.max_prompt_length"
+    if demonstrations is not None:
+        data_config = dataclasses.replace(data_config, max_prompt_length=reprompt.max_length)
+        limit = "reprompt.max_length"
+    templates = resolve_templates(reprompt, task.templates)
+    mine = list(questions[sharding.host_rows(len(questions))])
+    (rounds,) = sharding.agree_max([-(-len(mine) // config.questions_per_batch)])
+    texts, lengths = [], []
+    for index in range(rounds):
+        batch = mine[index * config.questions_per_batch : (index + 1) * config.questions_per_batch]
+        conversations = [
+            teacher_messages(question.messages, demonstrations[question.key], "", templates)
+            if demonstrations
+            else question.messages
+            for question in batch
+        ]
+        prompts = data.encode(
+            tokenizer,
+            conversations,
+            max_length=data_config.max_prompt_length,
+            template_options=data_config.template_options,
+            names=[question.key for question in batch],
+            field=limit,
+        )
+        # The last batch is filled up with its own prompts, so that its shape is known already.
+        width = min(config.questions_per_batch, len(mine)) or 1
+        filled = [prompts[i % len(prompts)] for i in range(width)] if prompts else []
+        rollouts = rollout(
+            graphdef,
+            params,
+            tokenizer,
+            filled,
+            jax.random.fold_in(key, index),
+            sampling,
+            data_config,
+            mesh,
+        )
+        texts += rollouts.texts[: len(batch)]
+        lengths.append(rollouts.response_mask.sum(-1)[: len(batch)])
+    outcomes = verify(task, mine, texts)
+    samples = sampling.num_samples
+    return Answered(mine, texts, outcomes, np.concatenate([np.zeros((0, samples), int), *lengths]))
+
+
+def verify(
+    task: Task, questions: Sequence[Question], texts: Sequence[Sequence[str]]
+) -> list[list[Outcome]]:
+    """Outcomes `[question][sample]` of responses `[question][sample]`."""
+    repeated = [question for question, group in zip(questions, texts, strict=True) for _ in group]
+    outcomes = iter(task.verify(repeated, [text for group in texts for text in group]))
+    return [[next(outcomes) for _ in group] for group in texts]
+
+
+def scores(answered: Answered, questions: int) -> dict[str, float]:
+    """avg@k with a 95 % interval clustered by question, pass@k, maj@k, format, response length.
+
+    avg@k is the mean over questions of a question's mean reward; the samples of one question are
+    not independent, so the interval comes from the spread between questions. maj@k is the share of
+    questions whose most frequent answer is a success (its reward above one half).
+
+    Args:
+      answered: This host's answers.
+      questions: Number of questions over all hosts.
+    """
+    rewards = [[outcome.reward for outcome in group] for group in answered.outcomes]
+    per_question = np.array(
+        [
+            (
+                np.mean(group),
+                np.max(group),
+                _majority(group, [given_answer(text) for text in texts]),
+                np.mean([outcome.well_formed for outcome in outcomes]),
+                np.mean(lengths),
+            )
+            for group, texts, outcomes, lengths in zip(
+                rewards, answered.texts, answered.outcomes, answered.lengths, strict=True
+            )
+        ],
+        np.float32,
+    ).reshape(-1, 5)
+    per_question = sharding.gather_rows(per_question, questions)
+    average, best, majority, well_formed, length = per_question.mean(axis=0)
+    error = 1.96 * per_question[:, 0].std(ddof=1) / np.sqrt(questions) if questions > 1 else 0.0
+    k = answered.lengths.shape[1]
+    values = {
+        f"avg@{k}": average,
+        f"avg@{k}/low": max(average - error, 0.0),
+        f"avg@{k}/high": min(average + error, 1.0),
+        f"pass@{k}": best,
+        f"maj@{k}": majority,
+        "format": well_formed,
+        "response_length": length,
+    }
+    return {name: float(value) for name, value in values.items()}
+
+
+def question_rewards(answered: Answered, questions: int) -> list[float]:
+    """The mean reward of each of `questions` over all hosts, in the order they were asked in."""
+    means = np.array(
+        [np.mean([outcome.reward for outcome in group]) for group in answered.outcomes], np.float32
+    )
+    return sharding.gather_rows(means.reshape(-1, 1), questions)[:, 0].tolist()
+
+
+def _majority(rewards: Sequence[float], answers: Sequence[str]) -> float:
+    winner, _ = Counter(answers).most_common(1)[0]
+    return float(rewards[answers.index(winner)] > 0.5)

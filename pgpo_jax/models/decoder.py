@@ -1,0 +1,493 @@
+"""One decoder for Qwen3, Qwen2, Llama 3 / SmolLM2 and OLMo 2 / 3, driven by their `config.json`.
+
+Layers are stacked `[layer, ...]` and scanned, so that compile time does not grow with depth.
+Parameters are float32, the computation runs in `Options.dtype`; norms, rotations, softmax and
+logits are float32.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int
+
+from pgpo_jax import sharding
+from pgpo_jax.errors import InputError
+from pgpo_jax.models import rope
+from pgpo_jax.models.architecture import ModelConfig
+from pgpo_jax.models.attention import Kernel, attend, attend_cached
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to compute, which does not change what is computed."""
+
+    dtype: Any = jnp.bfloat16
+    """Type of the computation; parameters keep theirs."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass computes again: nothing, everything, or all but matrix products."""
+    attention: Kernel = "auto"
+    """Attention kernel of the uncached forward."""
+    unroll: bool = False
+    """Write the layers out instead of scanning: faster decoding, slower compilation."""
+    mesh: Mesh | None = None
+    """Where rows and heads are split; set by `init` and `hf.load`."""
+
+    def __post_init__(self):
+        object.__setattr__(
+            self, "dtype", jnp.dtype(self.dtype)
+        )  # one spelling, so that equal options compare equal
+        for name, literal in (
+            ("remat", ("none", "full", "dots")),
+            ("attention", ("auto", "xla", "cudnn", "splash")),
+        ):
+            if getattr(self, name) not in literal:
+                raise InputError(
+                    f"{name}: got {getattr(self, name)!r}; must be one of {', '.join(literal)}"
+                )
+
+
+class Cache(NamedTuple):
+    """Keys and values of earlier tokens, in columns whose order does not matter."""
+
+    keys: Float[Array, "layer row column kv_head head_dim"]
+    values: Float[Array, "layer row column kv_head head_dim"]
+    positions: Int[Array, "row column"]  # of the token in a column; -1 = empty
+
+
+class Leaf(NamedTuple):
+    """One parameter: its shape and the logical names of its axes (`sharding.RULES`)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+def leaves(config: ModelConfig) -> dict[str, Any]:
+    """The parameters: one table gives shapes, axes, initial values and checkpoint names."""
+    c, arch = config, config.architecture
+    depth, hidden, inner = c.num_hidden_layers, c.hidden_size, c.intermediate_size
+    heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    layer: dict[str, Leaf] = {
+        "q_proj": Leaf((hidden, heads, width), ("embed", "heads", None)),
+        "k_proj": Leaf((hidden, kv_heads, width), ("embed", "kv_heads", None)),
+        "v_proj": Leaf((hidden, kv_heads, width), ("embed", "kv_heads", None)),
+        "o_proj": Leaf((heads, width, hidden), ("heads", None, "embed")),
+        "gate_proj": Leaf((hidden, inner), ("embed", "mlp")),
+        "up_proj": Leaf((hidden, inner), ("embed", "mlp")),
+        "down_proj": Leaf((inner, hidden), ("mlp", "embed")),
+        "post_attention_layernorm": Leaf((hidden,), (None,)),
+    }
+    layer["post_feedforward_layernorm" if arch.post_norm else "input_layernorm"] = Leaf(
+        (hidden,), (None,)
+    )
+    if arch.qkv_bias:
+        layer["q_bias"] = Leaf((heads, width), ("heads", None))
+        layer["k_bias"] = layer["v_bias"] = Leaf((kv_heads, width), ("kv_heads", None))
+    if arch.qk_norm == "head":
+        layer["q_norm"] = layer["k_norm"] = Leaf((width,), (None,))
+    elif arch.qk_norm == "full":
+        layer["q_norm"] = Leaf((heads, width), ("heads", None))
+        layer["k_norm"] = Leaf((kv_heads, width), ("kv_heads", None))
+    tree: dict[str, Any] = {
+        "embed_tokens": Leaf((c.vocab_size, hidden), ("vocab", "embed")),
+        "layers": {
+            name: Leaf((depth, *leaf.shape), ("layer", *leaf.axes)) for name, leaf in layer.items()
+        },
+        "norm": Leaf((hidden,), (None,)),
+    }
+    if not c.tie_word_embeddings:
+        tree["lm_head"] = Leaf((c.vocab_size, hidden), ("vocab", "embed"))
+    return tree
+
+
+def _map_leaves(function: Callable[[str, Leaf], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: function(name, item) if isinstance(item, Leaf) else _map_leaves(function, item)
+        for name, item in tree.items()
+    }
+
+
+def param_axes(config: ModelConfig) -> dict[str, Any]:
+    """Logical axis names of every parameter, in the structure of the parameters."""
+    return _map_leaves(lambda _, leaf: leaf.axes, leaves(config))
+
+
+def param_shapes(config: ModelConfig) -> dict[str, Any]:
+    """`jax.ShapeDtypeStruct` (float32) of every parameter, in the structure of the parameters."""
+    return _map_leaves(
+        lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), leaves(config)
+    )
+
+
+def _initial(name: str, leaf: Leaf, key: Array) -> Array:
+    """Norms one, biases zero, matrices normal with deviation 0.02, as transformers has it."""
+    if name.endswith("norm"):
+        return jnp.ones(leaf.shape, jnp.float32)
+    if name.endswith("bias"):
+        return jnp.zeros(leaf.shape, jnp.float32)
+    return 0.02 * jax.random.normal(key, leaf.shape, jnp.float32)
+
+
+class Decoder(nnx.Module):
+    """The language model; `make_graphdef` and `init` turn it into a plain tree of arrays."""
+
+    def __init__(self, config: ModelConfig, options: Options = Options(), *, rngs: nnx.Rngs):
+        self.config = config
+        self.options = options
+        values = _map_leaves(
+            lambda name, leaf: nnx.Param(_initial(name, leaf, rngs.params())), leaves(config)
+        )
+        self.embed_tokens = values["embed_tokens"]
+        self.layers = nnx.data(values["layers"])
+        self.norm = values["norm"]
+        if not config.tie_word_embeddings:
+            self.lm_head = values["lm_head"]
+
+    def __call__(
+        self, tokens: Int[Array, "row time"], mask: Bool[Array, "row time"] | None = None
+    ) -> Float[Array, "row time vocab"]:
+        """Float32 logits of the next token; `mask` as in `hidden`."""
+        return self.logits(self.hidden(tokens, mask))
+
+    def head(self) -> Float[Array, "vocab hidden"]:
+        """The output matrix, of the parameters' type; the embedding where the two are tied."""
+        return self.embed_tokens[...] if self.config.tie_word_embeddings else self.lm_head[...]
+
+    def logits(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... vocab"]:
+        """Float32 logits of final hidden states; the product accumulates in float32."""
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            self.head().astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def hidden(
+        self, tokens: Int[Array, "row time"], mask: Bool[Array, "row time"] | None = None
+    ) -> Float[Array, "row time hidden"]:
+        """Hidden states after the final norm, in the compute type; meaningless (finite) at padding.
+
+        Args:
+          tokens: `[row, time]`.
+          mask: True at tokens, False at padding, which may stand anywhere; None = no padding.
+            Positions count tokens only.
+        """
+        order = None
+        if mask is not None:
+            # With its tokens moved to the front, a row needs no mask but the causal one: no query
+            # is without keys, and every kernel can be used.
+            order = jnp.argsort(~mask, axis=1, stable=True)
+            tokens = jnp.take_along_axis(tokens, order, axis=1)
+        x = self._forward(tokens, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :])
+        if order is not None:
+            x = jnp.take_along_axis(x, jnp.argsort(order, axis=1)[:, :, None], axis=1)
+        return x
+
+    def response_hidden(
+        self,
+        prompts: Int[Array, "row prompt_time"],
+        prompt_mask: Bool[Array, "row prompt_time"],
+        responses: Int[Array, "row time"],
+        response_mask: Bool[Array, "row time"],
+    ) -> Float[Array, "row time hidden"]:
+        """Hidden states that predict each response token after a left-padded prompt.
+
+        Response token t is predicted at the column before it; prompts end in the last column, so
+        the response begins at one column in every row, however long the prompts are.
+        """
+        tokens = jnp.concatenate([prompts, responses], axis=1)
+        mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
+        return self.hidden(tokens, mask)[:, prompts.shape[1] - 1 : -1]
+
+    def packed_hidden(
+        self,
+        tokens: Int[Array, "row time"],
+        segments: Int[Array, "row time"],
+        positions: Int[Array, "row time"],
+    ) -> Float[Array, "row time hidden"]:
+        """As `hidden`, of rows that hold several sequences one after the other (`packing`).
+
+        Args:
+          tokens: `[row, time]`.
+          segments: The number of each token's sequence in its row; sequences do not see each other.
+          positions: Of each token in its sequence, from 0.
+        """
+        return self._forward(tokens, positions, segments)
+
+    def init_cache(self, rows: int, columns: int, dtype: Any = None) -> Cache:
+        """An empty cache; `dtype` is that of keys and values (None: the compute type)."""
+        c = self.config
+        shape = (c.num_hidden_layers, rows, columns, c.num_key_value_heads, c.head_dim)
+        dtype = self.options.dtype if dtype is None else dtype
+        return Cache(
+            _constrain(
+                jnp.zeros(shape, dtype), ("layer", "row", None, "kv_heads", None), self.options.mesh
+            ),
+            _constrain(
+                jnp.zeros(shape, dtype), ("layer", "row", None, "kv_heads", None), self.options.mesh
+            ),
+            _constrain(jnp.full((rows, columns), -1, jnp.int32), ("row", None), self.options.mesh),
+        )
+
+    def extend(
+        self,
+        tokens: Int[Array, "row time"],
+        positions: Int[Array, "row time"],
+        cache: Cache,
+        column: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "row time hidden"], Cache]:
+        """Writes tokens into the cache and returns their hidden states: prefill or decoding.
+
+        Args:
+          tokens: `[row, time]`, the new tokens.
+          positions: `[row, time]`, their positions, -1 at padding. A token sees the keys (old and
+            new) at positions from 0 to its own, in whatever column they are.
+          cache: Keys and values so far.
+          column: Where the new keys are written: `[column, column + time)`, the same for every row.
+
+        Returns:
+          Hidden states after the final norm `[row, time, hidden]` (finite and meaningless at
+          padding), and the cache.
+        """
+        seen = lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (0, column))
+        ropes = self._ropes(jnp.maximum(positions, 0))
+        visible = (seen >= 0)[:, None, :] & (seen[:, None, :] <= positions[:, :, None])
+        masks = {"full_attention": visible}
+        if self.config.sliding_window is not None:
+            near = positions[:, :, None] - seen[:, None, :] < self.config.sliding_window
+            masks["sliding_attention"] = visible & near
+
+        def step(
+            kind: str, index: Any, weights: dict[str, Array], carry: tuple[Array, Array, Array]
+        ):
+            x, keys, values = carry
+            query, key, value = self._project(weights, x, ropes[kind])
+            start = (index, 0, column, 0, 0)
+            keys = lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), start)
+            values = lax.dynamic_update_slice(values, value[None].astype(values.dtype), start)
+            key, value = (
+                lax.dynamic_index_in_dim(stored, index, keepdims=False).astype(query.dtype)
+                for stored in (keys, values)
+            )
+            attended = attend_cached(query, key, value, masks[kind])
+            x = self._finish(weights, x, attended)
+            return x, keys, values
+
+        x, keys, values = self._through_layers(
+            step, (self._embed(tokens), cache.keys, cache.values)
+        )
+        return self._final(x), Cache(keys, values, seen)
+
+    # ---- parts ----
+
+    def _forward(self, tokens: Array, positions: Array, segments: Array | None = None) -> Array:
+        """Hidden states of rows without padding but at their end."""
+        ropes, options = self._ropes(positions), self.options
+
+        def layer(kind: str, weights: dict[str, Array], x: Array) -> Array:
+            projected = self._project(weights, x, ropes[kind])
+            window = self.config.sliding_window if kind == "sliding_attention" else None
+            attended = attend(
+                *projected,
+                segments=segments,
+                window=window,
+                kernel=options.attention,
+                mesh=options.mesh,
+            )
+            return self._finish(weights, x, attended)
+
+        def step(kind: str, index: Any, weights: dict[str, Array], x: Array) -> Array:
+            return self._remat(functools.partial(layer, kind))(weights, x)
+
+        return self._final(self._through_layers(step, self._embed(tokens)))
+
+    def _embed(self, tokens: Array) -> Array:
+        # Whole rows of the table: a gather split along its rows' width would first be replicated.
+        table = _constrain(self.embed_tokens[...], ("vocab", None), self.options.mesh)
+        x = table[tokens].astype(self.options.dtype)
+        return _constrain(x, ("row", None, None), self.options.mesh)
+
+    def _ropes(self, positions: Array) -> dict[str, tuple[Array, Array]]:
+        """Cosine and sine for the kinds of layers that this model has."""
+        by_kind = {
+            "full_attention": self.config.rope,
+            "sliding_attention": self.config.sliding_rope,
+        }
+        tables = {
+            kind: rope.table(by_kind[kind], self.config.head_dim, positions)
+            for kind in set(self.config.layer_types)
+        }
+        return tables
+
+    def _project(
+        self, weights: Mapping[str, Array], x: Array, rotation: tuple[Array, Array]
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values `[row, time, head, head_dim]`, rotated."""
+        arch, eps, dtype = self.config.architecture, self.config.rms_norm_eps, self.options.dtype
+        if not arch.post_norm:
+            x = _norm(x, weights["input_layernorm"], eps)
+        out = []
+        for name in "qkv":
+            y = _product(x, weights[f"{name}_proj"].astype(dtype))
+            if arch.qkv_bias:
+                y = y + weights[f"{name}_bias"].astype(dtype)[None, None]
+            if arch.qk_norm != "none" and name != "v":
+                y = _norm(y, weights[f"{name}_norm"], eps)
+            out.append(y)
+        query, key, value = out
+        return rope.rotate(query, *rotation), rope.rotate(key, *rotation), value
+
+    def _finish(self, weights: Mapping[str, Array], x: Array, attended: Array) -> Array:
+        """The rest of a layer: output projection, residuals, feed-forward."""
+        arch, eps, dtype = self.config.architecture, self.config.rms_norm_eps, self.options.dtype
+        y = _product(attended, weights["o_proj"].astype(dtype), 2)
+        if arch.post_norm:
+            y = _norm(y, weights["post_attention_layernorm"], eps)
+        x = x + y
+        y = x if arch.post_norm else _norm(x, weights["post_attention_layernorm"], eps)
+        gate, up = (_product(y, weights[f"{name}_proj"].astype(dtype)) for name in ("gate", "up"))
+        y = _product(_gated(gate, up), weights["down_proj"].astype(dtype))
+        if arch.post_norm:
+            y = _norm(y, weights["post_feedforward_layernorm"], eps)
+        return _constrain(x + y, ("row", None, None), self.options.mesh)
+
+    def _final(self, x: Array) -> Array:
+        return _norm(x, self.norm[...], self.config.rms_norm_eps)
+
+    def _period(self) -> int:
+        """Layers written out in one step of the scan: until their kinds repeat, or all."""
+        kinds = self.config.layer_types
+        if self.options.unroll:
+            return len(kinds)
+        return next(
+            p
+            for p in range(1, len(kinds) + 1)
+            if len(kinds) % p == 0 and kinds[:p] * (len(kinds) // p) == kinds
+        )
+
+    def _through_layers(
+        self, step: Callable[[str, Any, dict[str, Array], Any], Any], carry: Any
+    ) -> Any:
+        """Applies `step(kind, index, weights, carry) -> carry` layer by layer."""
+        kinds, period = self.config.layer_types, self._period()
+        weights = {name: param[...] for name, param in self.layers.items()}
+
+        def group(carry: Any, inputs: tuple[Any, dict[str, Array]]) -> tuple[Any, None]:
+            first, stacked = inputs
+            # The gradient of a split is one concatenation, that of slices sums of whole arrays.
+            parts = {name: lax.split(array, (1,) * period) for name, array in stacked.items()}
+            for i in range(period):
+                carry = step(
+                    kinds[i], first + i, {name: part[i][0] for name, part in parts.items()}, carry
+                )
+            return carry, None
+
+        if period == len(kinds):
+            return group(carry, (0, weights))[0]
+        if period == 1:  # no axis of length 1 for the group: XLA would copy all weights for it
+            steps = (jnp.arange(len(kinds)), weights)
+            return lax.scan(lambda x, inputs: (step(kinds[0], *inputs, x), None), carry, steps)[0]
+        weights = {
+            name: array.reshape(-1, period, *array.shape[1:]) for name, array in weights.items()
+        }
+        return lax.scan(group, carry, (jnp.arange(0, len(kinds), period), weights))[0]
+
+    def _remat(self, layer: Callable[..., Array]) -> Callable[..., Array]:
+        if self.options.remat == "none":
+            return layer
+        policies = jax.checkpoint_policies
+        saved = {
+            "full": policies.nothing_saveable,
+            "dots": policies.dots_with_no_batch_dims_saveable,
+        }
+        scanned = (
+            self._period() < self.config.num_hidden_layers
+        )  # a scan already keeps XLA from merging the two passes
+        return jax.checkpoint(layer, policy=saved[self.options.remat], prevent_cse=not scanned)
+
+
+def _tensordot(x: Array, weight: Array, axes: int = 1) -> Array:
+    return jnp.tensordot(x, weight, axes)
+
+
+def _tensordot_forward(x: Array, weight: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
+    return _tensordot(x, weight, axes), (x, weight)
+
+
+def _tensordot_backward(
+    axes: int, operands: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, weight = operands
+    rows = list(range(x.ndim - axes))
+    columns = list(range(len(rows), gradient.ndim))
+    to_x = jnp.tensordot(gradient, weight, (columns, list(range(axes, weight.ndim))))
+    return to_x, jnp.tensordot(x, gradient, (rows, rows))
+
+
+# The gradient of a weight comes out the way the weight lies. JAX's own is the transpose of a
+# product, for which a CPU first transposes the wider operand: a tenth of an update.
+_product: Any = jax.custom_vjp(_tensordot, nondiff_argnums=(2,))
+_product.defvjp(_tensordot_forward, _tensordot_backward)
+
+
+# What a backward pass computes again at once: elementwise work, whose stored steps (five arrays for
+# the gate alone) would cost more to write and read than to repeat.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_recomputed
+def _gated(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+@functools.partial(_recomputed, static_argnums=2)
+def _norm(x: Array, weight: Array, eps: float) -> Array:
+    """RMS norm (arXiv 1910.07467) over the axes of `weight`, the last ones, in float32."""
+    y = x.astype(jnp.float32)
+    axes = tuple(range(-weight.ndim, 0))
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + eps)
+    return (
+        y * jnp.expand_dims(weight.astype(jnp.float32), tuple(range(x.ndim - weight.ndim)))
+    ).astype(x.dtype)
+
+
+def _constrain(x: Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> Array:
+    """Keeps the batch split, so that the partitioner gathers weights and not activations."""
+    context = jax.sharding.get_abstract_mesh()
+    if mesh is None or AxisType.Manual in context.axis_types:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.spec(axes, x.shape, mesh)))
+
+
+def make_graphdef(config: ModelConfig, options: Options = Options()) -> nnx.GraphDef:
+    """The static part of the model; `nnx.merge(graphdef, params)` gives it back. Uses no memory."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, options, rngs=nnx.Rngs(0)))
+    return nnx.split(abstract)[0]
+
+
+def init(
+    config: ModelConfig, options: Options, key: Array, mesh: Mesh | None = None
+) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """A model with random weights, made where they will live: no device holds more than its shards.
+
+    The values do not depend on the mesh.
+    """
+    table = leaves(config)
+
+    def make(key: Array) -> dict[str, Any]:
+        count = iter(range(1_000_000))
+        return _map_leaves(
+            lambda name, leaf: _initial(name, leaf, jax.random.fold_in(key, next(count))), table
+        )
+
+    where = (
+        None if mesh is None else sharding.shardings(param_axes(config), param_shapes(config), mesh)
+    )
+    options = options if mesh is None else dataclasses.replace(options, mesh=mesh)
+    return make_graphdef(config, options), jax.jit(make, out_shardings=where)(key)

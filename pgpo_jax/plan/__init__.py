@@ -1,0 +1,5 @@
+"""A run on paper: what a configuration needs on devices that need not exist."""
+
+from pgpo_jax.plan.summary import compile_program, describe, main, plan
+
+__all__ = ["compile_program", "describe", "main", "plan"]

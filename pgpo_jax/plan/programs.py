@@ -1,0 +1,257 @@
+"""The programs of a run, ready to be compiled for devices that need not exist, and their sizes.
+
+Arguments are shapes with shardings (`jax.ShapeDtypeStruct`): nothing is loaded and no memory used.
+"""
+
+import dataclasses
+import math
+import os.path
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from pgpo_jax import hf, sampler, sharding
+from pgpo_jax.config import Config
+from pgpo_jax.data import Batch, Evidence
+from pgpo_jax.errors import InputError
+from pgpo_jax.methods import Judged
+from pgpo_jax.models import ModelConfig, decoder
+from pgpo_jax.optimizer import make_optimizer
+from pgpo_jax.step import abstract_train_state, make_train_step, train_state_shardings
+
+QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "rope_theta": 1_000_000,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "eos_token_id": 151645,
+}
+# What config.json of these hub models states, so that a plan needs no network.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    f"Qwen/Qwen3-{name}": QWEN3
+    | {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": tied,
+    }
+    for name, hidden, inner, layers, heads, tied in (
+        ("0.6B", 1024, 3072, 28, 16, True),
+        ("1.7B", 2048, 6144, 28, 16, True),
+        ("4B", 2560, 9728, 36, 32, True),
+        ("8B", 4096, 12288, 36, 32, False),
+    )
+}
+
+
+class Setup(NamedTuple):
+    """What is compiled."""
+
+    config: Config
+    architecture: ModelConfig
+    mesh: Mesh
+    rows: int
+    prompt: int
+    teacher_prompt: int
+    response: int
+    slots: int
+
+
+def architecture_of(section: hf.ModelSection) -> ModelConfig:
+    """The model's architecture; its weights are not needed.
+
+    Raises:
+      InputError: Neither stated nor to be had.
+    """
+    if section.architecture is not None:
+        return ModelConfig.from_hf(section.architecture, strict=True)
+    if section.path is None:
+        raise InputError("model.path: got null; state a checkpoint, or model.architecture")
+    if section.path in ARCHITECTURES and not os.path.isdir(section.path):
+        return ModelConfig.from_hf(ARCHITECTURES[section.path], strict=True)
+    try:
+        return hf.load_config(section.path)
+    except InputError as error:
+        raise InputError(
+            f"{error}; or plan with --model.path null and its config.json as model.architecture"
+        ) from error
+
+
+def make_setup(config: Config, devices: Sequence[Any]) -> Setup:
+    """Mesh and sizes.
+
+    Raises:
+      InputError: The configuration's mesh, micro-batches and slots do not suit the devices.
+    """
+    if config.teacher.path is not None:
+        raise InputError(
+            f"teacher.path: got {config.teacher.path}; a plan counts a teacher of the student's "
+            "own size, so plan with --teacher.path null --teacher.refresh frozen"
+        )
+    architecture, mesh = architecture_of(config.model), sharding.make_mesh(config.mesh, devices)
+    if mesh.size != len(devices):
+        raise InputError(
+            f"mesh: got {tuple(mesh.shape.values())}, {mesh.size} of {len(devices)} devices"
+        )
+    parts, rows = mesh.shape["data"] * mesh.shape["fsdp"], row_count(config)
+    if rows % (parts * config.data.micro_batches):
+        raise InputError(
+            f"data.micro_batches: got {config.data.micro_batches}; {rows} rows must divide by it "
+            f"and by data x fsdp = {parts} devices"
+        )
+    slots = min(config.sampling.slots or rows, rows)
+    if not config.sampling.end_tokens:
+        sampling = dataclasses.replace(config.sampling, end_tokens=hf.end_tokens(architecture))
+        config = dataclasses.replace(config, sampling=sampling)
+
+    return Setup(
+        config=config,
+        architecture=architecture,
+        mesh=mesh,
+        rows=rows,
+        prompt=config.data.max_prompt_length,
+        teacher_prompt=config.reprompt.max_length,
+        response=config.sampling.max_response_length,
+        slots=-(-slots // parts) * parts,
+    )
+
+
+def row_count(config: Config) -> int:
+    """Responses in a step."""
+    return config.data.questions_per_step * config.sampling.num_samples
+
+
+def abstract_params(setup: Setup) -> Any:
+    """Shapes, types and shardings of the parameters."""
+    shapes = decoder.param_shapes(setup.architecture)
+    where = sharding.shardings(decoder.param_axes(setup.architecture), shapes, setup.mesh)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where
+    )
+
+
+def _graphdef(setup: Setup) -> Any:
+    options = dataclasses.replace(setup.config.model.options(), mesh=setup.mesh)
+    return decoder.make_graphdef(setup.architecture, options)
+
+
+def abstract_batch(setup: Setup) -> Batch:
+    """Shapes and shardings of the worst batch."""
+
+    def array(dtype: Any, *sizes: int) -> Any:
+        shape = (setup.rows, *sizes)
+        where = sharding.row_sharding(shape, setup.mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    evidence = None
+    if setup.config.objective.needs_evidence:
+        prompts = array(jnp.int32, setup.teacher_prompt), array(jnp.bool_, setup.teacher_prompt)
+        evidence = Evidence(*prompts, *prompts, has_wrong=array(jnp.bool_))
+    return Batch(
+        prompts=array(jnp.int32, setup.prompt),
+        prompt_mask=array(jnp.bool_, setup.prompt),
+        teacher_prompts=array(jnp.int32, setup.teacher_prompt),
+        teacher_prompt_mask=array(jnp.bool_, setup.teacher_prompt),
+        responses=array(jnp.int32, setup.response),
+        response_mask=array(jnp.bool_, setup.response),
+        has_context=array(jnp.bool_),
+        sampler_log_probs=array(jnp.float32, setup.response),
+        judged=Judged(array(jnp.bool_), array(jnp.float32), array(jnp.float32)),
+        evidence=evidence,
+    )
+
+
+def lower_train_step(setup: Setup, alpha: float | None = None) -> jax.stages.Lowered:
+    """The train step of a run (`step.make_train_step`), with another alpha if one is given."""
+    config, params = setup.config, abstract_params(setup)
+    chosen = config.optimizer
+    if alpha is not None:
+        chosen = dataclasses.replace(chosen, alpha=alpha)
+    optimizer = make_optimizer(chosen)
+    train_step: Any = make_train_step(
+        _graphdef(setup),
+        optimizer,
+        config.distillation,
+        train_state_shardings(params, optimizer),
+        objective=config.objective,
+        teacher_config=config.teacher,
+        micro_batches=config.data.micro_batches,
+        vocab_size=config.sampling.vocab_size,
+        estimators=config.metrics.estimators,
+    )
+    return train_step.lower(abstract_train_state(params, optimizer), abstract_batch(setup))
+
+
+def lower_decode(setup: Setup) -> jax.stages.Lowered:
+    """The decoding program of a run, its cache as long as it can become."""
+    columns = setup.prompt + setup.response
+    return sampler.lower_decode(
+        _graphdef(setup),
+        setup.mesh,
+        abstract_params(setup),
+        setup.config.sampling,
+        slots=setup.slots,
+        columns=columns,
+    )
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays, or of shapes with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def state_bytes(setup: Setup) -> dict[str, int]:
+    """Per device: student, its gradients, optimizer and teacher."""
+    state = abstract_train_state(abstract_params(setup), make_optimizer(setup.config.optimizer))
+    return {
+        "parameters": shard_bytes(state.student),
+        "optimizer": shard_bytes(state.opt_state),
+        "teacher": shard_bytes(state.teacher),
+        "gradients": shard_bytes(state.student),
+    }
+
+
+def cache_bytes(setup: Setup) -> int:
+    """Keys and values of a device's slots at their longest."""
+    c, mesh = setup.architecture, setup.mesh
+    columns = setup.prompt + setup.response
+    dtype = setup.config.sampling.cache_dtype or setup.config.model.dtype
+    heads = c.num_key_value_heads
+    heads //= mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
+    slots = setup.slots // (mesh.shape["data"] * mesh.shape["fsdp"])
+    size = jnp.dtype(dtype).itemsize
+    return 2 * c.num_hidden_layers * slots * columns * heads * c.head_dim * size
+
+
+def model_flops(setup: Setup) -> int:
+    """What the method asks for in one step, all devices together; nothing computed twice counts.
+
+    Two operations per multiply-add; the student's backward pass is twice its forward pass, and
+    attention counts the keys that a query sees.
+    """
+    c = setup.architecture
+    layers = decoder.leaves(c)["layers"]
+    weights = sum(math.prod(leaf.shape) for name, leaf in layers.items() if name.endswith("_proj"))
+
+    def forward(time: int) -> int:
+        window = min(c.sliding_window or time, time)
+        seen = {
+            "full_attention": time * (time + 1) // 2,
+            "sliding_attention": window * (window + 1) // 2 + (time - window) * window,
+        }
+        scores = sum(seen[kind] for kind in c.layer_types) * c.num_attention_heads * c.head_dim
+        return 2 * time * weights + 4 * scores
+
+    head = 2 * setup.response * c.hidden_size * c.vocab_size
+    student = forward(setup.prompt + setup.response) + head
+    teacher = forward(setup.teacher_prompt + setup.response) + head
+    return setup.rows * (3 * student + teacher)

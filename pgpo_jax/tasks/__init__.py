@@ -1,0 +1,27 @@
+"""Questions and their verification; knows no arrays of JAX."""
+
+from pgpo_jax.tasks.task import TASKS, Question, Task, TaskConfig, load
+from pgpo_jax.tasks.verifiers import (
+    Outcome,
+    exact,
+    given_answer,
+    last_boxed,
+    multiple_choice,
+    numeric,
+    tool_use,
+)
+
+__all__ = [
+    "TASKS",
+    "Outcome",
+    "Question",
+    "Task",
+    "TaskConfig",
+    "exact",
+    "given_answer",
+    "last_boxed",
+    "load",
+    "multiple_choice",
+    "numeric",
+    "tool_use",
+]
