@@ -19,7 +19,7 @@ def start(config, count, ranks=None, hits=None, **variables):
 
     `hits` (rank -> place, times, signal of faulty.py) says where which of them is hit.
     """
-    faulty = str(pathlib.Path(__file__).parent / "faulty.py")
+    faulty = str(pathlib.Path(__file__).parent / "support" / "faulty.py")
     commands = {rank: [faulty, *map(str, hit)] for rank, hit in (hits or {}).items()}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -103,7 +103,7 @@ def command_line(*arguments, **variables):
     return done.returncode, done.stdout, done.stderr
 
 
-FAULTY = pathlib.Path(__file__).parent / "faulty.py"
+FAULTY = pathlib.Path(__file__).parent / "support" / "faulty.py"
 KILLS = [
     ("warm start", 2),
     ("evaluation", 1),

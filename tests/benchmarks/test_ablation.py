@@ -11,7 +11,7 @@ from test_train import TINY
 
 from pgpo_jax.errors import InputError
 
-FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 KEYS = {
     "train_step": {
         *("seconds_per_step", "cpu_seconds_per_step", "tokens_per_second", "mfu"),

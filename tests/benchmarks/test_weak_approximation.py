@@ -12,7 +12,7 @@ import pytest
 
 import pgpo_jax
 
-FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)

@@ -471,8 +471,8 @@ def test_the_command_writes_the_page_and_says_where(write, tmp_path, capsys):
 
 
 def test_the_template_is_installed_with_the_package():
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["package-data"]["pgpo_jax"] == ["report.html"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["package-data"]["pgpo_jax.report"] == ["report.html"]
 
 
 # ---- in a browser --------------------------------------------------------------------------------

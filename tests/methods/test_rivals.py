@@ -13,7 +13,7 @@ from pgpo_jax import config, data, hf, reprompt, tasks, train
 from pgpo_jax.reprompt import RepromptConfig
 from pgpo_jax.tasks import Outcome
 
-FOLDER = pathlib.Path(__file__).parent.parent / "configs"
+FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 TOKENIZER = tasks.load(tasks.TaskConfig(name="addition")).tokenizer
 RIVALS = sorted((FOLDER / "rivals").glob("*.yaml"))
 SMALL = {
