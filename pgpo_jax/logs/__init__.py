@@ -1,7 +1,17 @@
 """What a run says, how it is read back, and the alarms that watch it."""
 
 from pgpo_jax.logs.alarms import CONDITIONS, TRENDS, AlarmsConfig, End, Trace, Watch, follow
-from pgpo_jax.logs.reader import ABSENT, Group, Run, Series
+from pgpo_jax.logs.reader import (
+    ABSENT,
+    Experiment,
+    RunLog,
+    Series,
+    config_differences,
+    experiments,
+    read_runs,
+    read_samples,
+    show_field,
+)
 from pgpo_jax.logs.writer import MetricsConfig, Writer, count_compilations
 
 __all__ = [
@@ -10,13 +20,18 @@ __all__ = [
     "TRENDS",
     "AlarmsConfig",
     "End",
-    "Group",
+    "Experiment",
     "MetricsConfig",
-    "Run",
+    "RunLog",
     "Series",
     "Trace",
     "Watch",
     "Writer",
+    "config_differences",
     "count_compilations",
+    "experiments",
     "follow",
+    "read_runs",
+    "read_samples",
+    "show_field",
 ]

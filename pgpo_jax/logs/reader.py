@@ -1,6 +1,6 @@
-"""Reads back what runs left in their folders; runs that differ only in the seed make a group.
+"""Logs of runs, read back; runs that differ only in the seed are one experiment.
 
-The files are those of `metrics.Writer`. A run may be going on, or have been killed: the last line
+The files are those of `logs.Writer`. A run may be going on, or have been killed: the last line
 of a file may be torn, which is left out and told. All else that does not fit is an `InputError`.
 """
 
@@ -29,7 +29,7 @@ class Series(NamedTuple):
 
 
 @dataclass
-class Run:
+class RunLog:
     """One run's folder, read."""
 
     folder: Path
@@ -55,14 +55,14 @@ class Run:
 
 
 @dataclass
-class Group:
+class Experiment:
     """Runs that differ only in the seed, or a single run."""
 
     label: str
-    runs: list[Run]
+    runs: list[RunLog]
 
 
-def read_runs(folders: Sequence[str]) -> list[Run]:
+def read_runs(folders: Sequence[str]) -> list[RunLog]:
     """The runs in these folders.
 
     Raises:
@@ -79,7 +79,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     return [_read(*both) for both in zip(paths, _names(resolved), strict=True)]
 
 
-def read_samples(run: Run, take: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
+def read_samples(run: RunLog, take: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
     """What `take` makes of every sample (its number from 0, its record); none without the file.
 
     Records may be large, so `take` says what is kept. A torn last line is noted in the run.
@@ -92,27 +92,31 @@ def read_samples(run: Run, take: Callable[[int, dict[str, Any]], Any]) -> list[A
     return [take(*numbered) for numbered in enumerate(_rows(run.samples_path, run.notes))]
 
 
-def group(runs: Sequence[Run]) -> list[Group]:
+def experiments(runs: Sequence[RunLog]) -> list[Experiment]:
     """Puts runs together whose configurations are equal but for seed, folder and machine."""
-    found: list[list[Run]] = []
+    found: list[list[RunLog]] = []
     for run in runs:
-        alike = (members for members in found if not differences([members[0], run], ARRANGEMENT))
+        alike = (
+            members for members in found if not config_differences([members[0], run], ARRANGEMENT)
+        )
         if members := next(alike, None):
             members.append(run)
         else:
             found.append([run])
-    distinct = differences([members[0] for members in found], ignore=ARRANGEMENT)
+    distinct = config_differences([members[0] for members in found], ignore=ARRANGEMENT)
     result = []
     for index, members in enumerate(found):
-        values = [f"{_short(name, distinct)} {show(row[index])}" for name, row in distinct.items()]
+        values = [
+            f"{_short(name, distinct)} {show_field(row[index])}" for name, row in distinct.items()
+        ]
         seeds = f" ({len(members)} runs)" if len(members) > 1 else ""
         # Many differences make no label: the name of the folder then says more.
         few = 0 < len(values) <= 3
-        result.append(Group((", ".join(values) if few else members[0].name) + seeds, members))
+        result.append(Experiment((", ".join(values) if few else members[0].name) + seeds, members))
     return result
 
 
-def differences(runs: Sequence[Run], ignore: Sequence[str] = ()) -> dict[str, list[Any]]:
+def config_differences(runs: Sequence[RunLog], ignore: Sequence[str] = ()) -> dict[str, list[Any]]:
     """Dotted field -> its value in every run, for the fields in which they differ.
 
     Sections and fields in `ignore` are left out. A field that a run does not have, as one of an
@@ -130,7 +134,7 @@ def differences(runs: Sequence[Run], ignore: Sequence[str] = ()) -> dict[str, li
 ABSENT = "(absent)"
 
 
-def show(value: Any) -> str:
+def show_field(value: Any) -> str:
     """A value of a configuration, as YAML has it, in one line."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
@@ -141,7 +145,7 @@ def _short(name: str, names: dict[str, Any]) -> str:
     return last if sum(other.split(".")[-1] == last for other in names) == 1 else name
 
 
-def _read(folder: Path, name: str) -> Run:
+def _read(folder: Path, name: str) -> RunLog:
     path = folder / "config.yaml"
     if not path.is_file():
         raise InputError(
@@ -157,7 +161,7 @@ def _read(folder: Path, name: str) -> Run:
         raise InputError(f"RUN: {path} is not valid YAML ({error})") from error
     if not isinstance(tree, dict):
         raise InputError(f"RUN: {path} holds {fields.show(tree)}; must be fields and values")
-    run = Run(folder, name, dict(_dotted(tree)), text, {})
+    run = RunLog(folder, name, dict(_dotted(tree)), text, {})
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"RUN: got {folder}, which has no metrics.jsonl; it has not begun")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.logs import Group, Run, Series
+from pgpo_jax.logs import Experiment, RunLog, Series
 
 # Stand-ins, replaced by the page's variables of the same position.
 PALETTE = (
@@ -114,7 +114,7 @@ AGAINST = "Multiplier against information"
 BESIDE_THE_VALUE = re.compile(r".*/(low|high)$")
 
 
-def sections(groups: Sequence[Group]) -> dict[str, list[Picture]]:
+def sections(groups: Sequence[Experiment]) -> dict[str, list[Picture]]:
     """All pictures by section; a panel that no run has values for is left out.
 
     Raises:
@@ -139,7 +139,7 @@ def sections(groups: Sequence[Group]) -> dict[str, list[Picture]]:
     return {title: pictures for title, pictures in drawn.items() if pictures}
 
 
-def reading(groups: Sequence[Group]) -> str:
+def reading(groups: Sequence[Experiment]) -> str:
     """How the curves are to be read, in a sentence or two."""
     said = []
     if any(len(group.runs) > 1 for group in groups):
@@ -157,7 +157,7 @@ def reading(groups: Sequence[Group]) -> str:
     return " ".join(said)
 
 
-def find(run: Run, pattern: str) -> tuple[str, Series] | None:
+def find(run: RunLog, pattern: str) -> tuple[str, Series] | None:
     """The first metric of a run that a pattern names and that has a value, with its name."""
     for name, series in run.metrics.items():
         if re.fullmatch(pattern, name) and np.isfinite(series.values).any():
@@ -173,7 +173,7 @@ def variable(index: int) -> str:
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def _curves(groups: Sequence[Group], panel: Panel) -> Picture | None:
+def _curves(groups: Sequence[Experiment], panel: Panel) -> Picture | None:
     """Every metric of every group over the steps."""
     fits = {
         (row, metric): [
@@ -217,7 +217,7 @@ def _fits(series: Series, panel: Panel) -> bool:
     return panel.form != "log" or bool((series.values > 0).any())
 
 
-def _one(axes: Any, found: tuple[str, Series], group: Group, colour: str, style: str) -> None:
+def _one(axes: Any, found: tuple[str, Series], group: Experiment, colour: str, style: str) -> None:
     """A single run: its values, smoothed where there are many; its interval where it has one."""
     name, series = found
     (run,) = [run for run in group.runs if run.metrics.get(name) is series]
@@ -253,7 +253,7 @@ def _over_runs(all_series: Sequence[Series]) -> tuple[np.ndarray, ...]:
     return steps[enough], np.nanmean(table, 0), np.nanmin(table, 0), np.nanmax(table, 0)
 
 
-def _against(groups: Sequence[Group]) -> list[Picture]:
+def _against(groups: Sequence[Experiment]) -> list[Picture]:
     """Multiplier against information: a point a step, later ones stronger; the rule as a line."""
     points = [(row, run, *_paired(run)) for row, group in enumerate(groups) for run in group.runs]
     points = [point for point in points if len(point[2])]
@@ -276,7 +276,7 @@ def _against(groups: Sequence[Group]) -> list[Picture]:
     return [Picture(AGAINST, note, [], _svg(figure))]
 
 
-def _paired(run: Run) -> tuple[np.ndarray, np.ndarray]:
+def _paired(run: RunLog) -> tuple[np.ndarray, np.ndarray]:
     """Information and multiplier of the updates that were done: a skipped one leaves the former."""
     nothing = Series(np.zeros(0, int), np.zeros(0))
     first, second, skipped = (
@@ -289,7 +289,7 @@ def _paired(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return x[keep], y[keep]
 
 
-def _rule(run: Run) -> Callable[[np.ndarray], np.ndarray] | None:
+def _rule(run: RunLog) -> Callable[[np.ndarray], np.ndarray] | None:
     """Eq. 9 of PGPO with the run's constants, where it has them as numbers."""
     names = ("optimizer.alpha", "optimizer.rho_min", "optimizer.rho_max")
     alpha, low, high = (run.config.get(name) for name in names)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pgpo_jax.errors import InputError, Parser, printable
-from pgpo_jax.logs import ABSENT, Group, Run, Series, reader
+from pgpo_jax.logs import ABSENT, Experiment, RunLog, Series, reader
 from pgpo_jax.report import figures
 from pgpo_jax.report.figures import Picture, find, variable
 
@@ -42,7 +42,7 @@ def report(folders: Sequence[str], samples: int = 1000) -> str:
       InputError: What was given is no run, or matplotlib is missing.
     """
     found = reader.read_runs(folders)
-    groups = reader.group(found)
+    groups = reader.experiments(found)
     table, said = _samples(found, samples)
     pictures = figures.sections(groups)
     parts = [
@@ -82,7 +82,7 @@ def text(value: Any) -> str:
 # ---- the page's parts ----------------------------------------------------------------------------
 
 
-def _facts(found: Sequence[Run]) -> list[str]:
+def _facts(found: Sequence[RunLog]) -> list[str]:
     """What all runs have in common, in a few words."""
     facts = [f"{max(run.steps for run in found):,} updates"]
     for name, form in (("task.name", "task {}"), ("model.path", "model {}")):
@@ -91,7 +91,7 @@ def _facts(found: Sequence[Run]) -> list[str]:
     return facts
 
 
-def _summary(groups: Sequence[Group]) -> str:
+def _summary(groups: Sequence[Experiment]) -> str:
     head = ["run", "seed", "updates", *_NUMBERS, "notes"]
     rows = []
     for index, group in enumerate(groups):
@@ -119,10 +119,10 @@ def _summary(groups: Sequence[Group]) -> str:
     )
 
 
-def _accuracy(choose: Callable[[np.ndarray], int]) -> Callable[[Run], str]:
+def _accuracy(choose: Callable[[np.ndarray], int]) -> Callable[[RunLog], str]:
     """One evaluation's avg@k with its interval; `choose` finds it among the finite values."""
 
-    def form(run: Run) -> str:
+    def form(run: RunLog) -> str:
         if not (found := find(run, figures.EVALUATION)):
             return NONE
         name, series = found
@@ -137,8 +137,8 @@ def _accuracy(choose: Callable[[np.ndarray], int]) -> Callable[[Run], str]:
     return form
 
 
-def _over_steps(metric: str, *functions: Callable[[np.ndarray], Any]) -> Callable[[Run], str]:
-    def form(run: Run) -> str:
+def _over_steps(metric: str, *functions: Callable[[np.ndarray], Any]) -> Callable[[RunLog], str]:
+    def form(run: RunLog) -> str:
         if not (found := find(run, metric)):
             return NONE
         values = found[1].values[np.isfinite(found[1].values)]
@@ -156,7 +156,7 @@ _NUMBERS = {
 }
 
 
-def _section(title: str, groups: Sequence[Group], pictures: Sequence[Picture]) -> str:
+def _section(title: str, groups: Sequence[Experiment], pictures: Sequence[Picture]) -> str:
     panels = f'<div class="panels">{"".join(map(_figure, pictures))}</div>'
     if len(groups) > 1:
         panels = _chips(groups) + panels
@@ -178,7 +178,7 @@ def _figure(picture: Picture) -> str:
     )
 
 
-def _times(groups: Sequence[Group]) -> str:
+def _times(groups: Sequence[Experiment]) -> str:
     """Seconds of every phase, over all of a run's steps."""
     every = [run for group in groups for run in group.runs]
     names = sorted({name for run in every for name in run.metrics if name.startswith("time/")})
@@ -213,9 +213,9 @@ def _times(groups: Sequence[Group]) -> str:
     )
 
 
-def _configuration(found: Sequence[Run]) -> str:
+def _configuration(found: Sequence[RunLog]) -> str:
     parts = []
-    differing = reader.differences(found)
+    differing = reader.config_differences(found)
     if differing:
         head = "".join(f"<th>{text(run.name)}</th>" for run in found)
         rows = "".join(
@@ -237,14 +237,14 @@ def _configuration(found: Sequence[Run]) -> str:
 
 
 def _value(value: Any) -> str:
-    shown = value if value is ABSENT else reader.show(value)
+    shown = value if value is ABSENT else reader.show_field(value)
     kept, left = _cut(shown, 300)
     return text(kept) + (
         f' <span class="soft">… {left:,} characters left out</span>' if left else ""
     )
 
 
-def _chips(groups: Sequence[Group]) -> str:
+def _chips(groups: Sequence[Experiment]) -> str:
     chips = (f"<li>{_chip(index)}{text(group.label)}</li>" for index, group in enumerate(groups))
     return f'<ul class="chips">{"".join(chips)}</ul>'
 
@@ -283,7 +283,7 @@ def _seconds(value: float) -> str:
 # ---- samples -------------------------------------------------------------------------------------
 
 
-def _samples(found: Sequence[Run], most: int) -> tuple[list[dict[str, Any]], str]:
+def _samples(found: Sequence[RunLog], most: int) -> tuple[list[dict[str, Any]], str]:
     """The page's samples, and what is to be said of them."""
     numbered = [
         reader.read_samples(run, lambda number, record, i=index: (number, _sample(i, record)))

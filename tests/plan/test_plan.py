@@ -173,7 +173,7 @@ def test_what_a_program_would_need_is_read_from_the_compilers_refusal(message, n
 def test_known_hub_models_need_no_network():
     section = config.load(None, ["--model.path", "Qwen/Qwen3-8B"]).model
     architecture = programs.architecture_of(section)
-    shapes = jax.tree.leaves(programs.model.param_shapes(architecture))
+    shapes = jax.tree.leaves(programs.decoder.param_shapes(architecture))
     assert sum(x.size for x in shapes) == 8_190_735_360  # as the model's card says: 8.2e9
     with pytest.raises(InputError, match=r"model\.path.*model\.architecture"):
         programs.architecture_of(dataclasses.replace(section, path="no/such-model"))

@@ -132,9 +132,12 @@ def test_runs_that_differ_only_in_the_seed_are_one_group(write):
         write("other", "--optimizer.alpha", "0"),
     ]
     found = reader.read_runs(names)
-    assert [len(group.runs) for group in reader.group(found)] == [2, 1]
-    assert [group.label for group in reader.group(found)] == ["alpha 1.0 (2 runs)", "alpha 0.0"]
-    assert set(reader.differences(found)) == {"seed", "output_dir", "optimizer.alpha"}
+    assert [len(group.runs) for group in reader.experiments(found)] == [2, 1]
+    assert [group.label for group in reader.experiments(found)] == [
+        "alpha 1.0 (2 runs)",
+        "alpha 0.0",
+    ]
+    assert set(reader.config_differences(found)) == {"seed", "output_dir", "optimizer.alpha"}
     page = Page(report.report(names))
     assert "Report on 3 runs" in page.text
     assert "optimizer.alpha 1.0 1.0 0.0" in page.text
@@ -145,7 +148,10 @@ def test_a_field_that_an_older_run_lacks_is_a_difference(write, tmp_path):
     names = [write("one"), write("two")]
     text = (tmp_path / "two" / "config.yaml").read_text()
     (tmp_path / "two" / "config.yaml").write_text(text.replace("  rho_max: 2.0\n", ""))
-    assert reader.differences(reader.read_runs(names))["optimizer.rho_max"] == [2.0, reader.ABSENT]
+    assert reader.config_differences(reader.read_runs(names))["optimizer.rho_max"] == [
+        2.0,
+        reader.ABSENT,
+    ]
     assert "optimizer.rho_max 2.0 (absent)" in Page(report.report(names)).text
 
 
@@ -253,7 +259,7 @@ def test_more_groups_than_colours_are_told_apart():
 
 
 def test_the_page_is_the_same_each_time(write):
-    groups = reader.group(reader.read_runs([write()]))
+    groups = reader.experiments(reader.read_runs([write()]))
     assert figures.sections(groups) == figures.sections(groups)
 
 
