@@ -149,7 +149,7 @@ def test_another_run_in_the_same_folder_is_refused_and_nothing_is_lost(write, tm
 def checkpoint(tmp_path):
     """A tiny model saved as a Hugging Face folder."""
     section = hf.ModelSection(architecture=ARCHITECTURE, dtype="float32")
-    graphdef, params, _ = hf.from_section(section, None, jax.random.key(0))
+    graphdef, params, *_ = hf.from_section(section, None, jax.random.key(0))
     hf.save(tmp_path / "model", graphdef, params, addition.make_tokenizer())
     return str(tmp_path / "model")
 

@@ -1,17 +1,12 @@
 """From text to one batch: tokens, lengths, a replayable order, and rows that sequences share."""
 
+from pgpo_jax.data.order import batch_indices
 from pgpo_jax.data.packing import Packed
-from pgpo_jax.data.records import (
-    Batch,
-    Contexts,
-    DataConfig,
-    Evidence,
-    Rollouts,
-    batch_indices,
+from pgpo_jax.data.records import Batch, Contexts, DataConfig, Evidence, Rollouts, make_batch
+from pgpo_jax.data.tokens import (
     bucket,
     encode,
     left_pad,
-    make_batch,
     render,
     right_pad,
     tokenize,

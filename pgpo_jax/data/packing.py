@@ -25,8 +25,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from pgpo_jax import sharding
-from pgpo_jax.data import records
 from pgpo_jax.data.records import Batch, DataConfig, Either, Host
+from pgpo_jax.data.tokens import bucket
 from pgpo_jax.errors import InputError
 from pgpo_jax.methods import Judged
 from pgpo_jax.models import Decoder
@@ -150,8 +150,8 @@ def pack(batch: Batch, config: DataConfig, mesh: Mesh) -> Batch | Packed:
         agreed = iter(sharding.agree_max([n for layout in layouts for n in layout.needed]))
         for layout in layouts:
             most = rows // len(layout.members)
-            heights = {name: records.bucket(next(agreed), most, least=1) for name in views}
-            tokens = records.bucket(next(agreed), most * time)
+            heights = {name: bucket(next(agreed), most, least=1) for name in views}
+            tokens = bucket(next(agreed), most * time)
             columns_and_scores = all(
                 heights[name] * widths[name] ** power <= each * padded[name] ** power
                 for name in views

@@ -1,21 +1,15 @@
-"""The records that cross stages, and how text becomes padded tokens in a replayable order.
-
-Everything here is numpy on the host; only :class:`Batch` enters ``jit``. Lengths are rounded up to
-a few sizes (:func:`bucket`), so that the step compiles for a handful of shapes and no more.
-"""
+"""The records that cross stages; numpy on the host, only `Batch` enters `jit`."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pgpo_jax.errors import InputError, require
+from pgpo_jax.errors import require
 from pgpo_jax.methods import Judged
 
 Host = np.ndarray
@@ -128,174 +122,6 @@ class DataConfig:
             micro_batches=(self.micro_batches >= 1, "at least 1"),
             max_prompt_length=(self.max_prompt_length >= 1, "at least 1"),
         )
-
-
-def bucket(length: int, maximum: int, least: int = 16) -> int:
-    """The padded size for `length` tokens: 16, 24, 32, 48, 64, 96, ... and never above `maximum`.
-
-    Powers of two and their three-quarters waste at most a third and leave two sizes per octave, so
-    a run compiles a function a few times and not once per step. The sizes begin at `least`, a power
-    of two.
-
-    Raises:
-        ValueError: if `length` is longer than `maximum`.
-    """
-    if length > maximum:
-        raise ValueError(f"length: got {length} tokens, must be at most {maximum}")
-    power = least
-    while power < length:
-        power *= 2
-    size = power * 3 // 4 if power > least and length <= power * 3 // 4 else power
-    return min(size, maximum)
-
-
-def render(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, str]],
-    template_options: Mapping[str, Any] | None = None,
-) -> str:
-    """The prompt text of one conversation, up to where the response begins.
-
-    With a chat template: the template and its generation prompt. Without one, a conversation of
-    one user message is its plain text (a base model completes it); anything else has no meaning.
-
-    Raises:
-        InputError: a conversation that the tokenizer's chat template refuses, or several messages
-            for a tokenizer without a chat template.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            text = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-                **(template_options or {}),
-            )
-        except ImportError:
-            raise
-        except Exception as error:  # templates raise whatever jinja or their author chose
-            raise InputError(
-                f"model.path: the chat template refuses the conversation {_snippet(messages)}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        return str(text)
-    if len(messages) == 1 and messages[0]["role"] == "user":
-        return messages[0]["content"]
-    roles = ", ".join(message["role"] for message in messages)
-    raise InputError(
-        f"model.path: the tokenizer has no chat template, but the prompt is a conversation "
-        f"({roles}); use an instruct model, or plain text prompts without a system message"
-    )
-
-
-def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Tokens of rendered prompts. A chat template writes its special tokens itself."""
-    if not texts:
-        return []
-    special = not getattr(tokenizer, "chat_template", None)
-    return [list(row) for row in tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
-
-
-def encode(
-    tokenizer: Any,
-    conversations: Sequence[Sequence[Mapping[str, str]]],
-    *,
-    max_length: int,
-    template_options: Mapping[str, Any] | None = None,
-    names: Sequence[str] | None = None,
-    field: str = "data.max_prompt_length",
-) -> list[list[int]]:
-    """Chat-templates and tokenizes prompts, each up to where its response begins.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        conversations: one list of ``{"role", "content"}`` messages per prompt.
-        max_length: the limit in tokens.
-        template_options: options of the chat template, such as ``{"enable_thinking": False}``.
-        names: what to call each question in an error (its key).
-        field: the setting that `max_length` comes from, for the error.
-
-    Returns:
-        One list of token ids per conversation, in order.
-
-    Raises:
-        InputError: naming the question, its tokens and the limit, if a prompt is over-long.
-    """
-    texts = [render(tokenizer, messages, template_options) for messages in conversations]
-    rows = tokenize(tokenizer, texts)
-    for index, row in enumerate(rows):
-        if len(row) > max_length:
-            name = f"{names[index]!r} " if names else ""
-            raise InputError(
-                f"{field}: question {name}({_snippet(conversations[index])}) has "
-                f"{len(row)} tokens, must be at most {max_length}; raise the limit or drop it"
-            )
-        if not row:
-            name = names[index] if names else index
-            raise InputError(f"task.path: question {name!r} has no tokens, a prompt must have one")
-    return rows
-
-
-def _snippet(messages: Sequence[Mapping[str, str]]) -> str:
-    text = " ".join(str(messages[-1].get("content", "")).split()) if messages else ""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def left_pad(
-    rows: Sequence[Sequence[int]], width: int, pad: int = 0
-) -> tuple[Int[Host, "row time"], Bool[Host, "row time"]]:
-    """Right-aligns token rows in `width` columns; returns int32 tokens and their mask."""
-    tokens = np.full((len(rows), width), pad, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for index, row in enumerate(rows):
-        if len(row) > width:
-            raise ValueError(f"width: got {width}, must hold row {index} of {len(row)} tokens")
-        start = width - len(row)
-        tokens[index, start:] = row
-        mask[index, start:] = True
-    return tokens, mask
-
-
-def right_pad(
-    rows: Sequence[Sequence[int]], width: int, pad: int = 0
-) -> tuple[Int[Host, "row time"], Bool[Host, "row time"]]:
-    """Left-aligns token rows in `width` columns; returns int32 tokens and their mask."""
-    tokens, mask = left_pad([row[::-1] for row in rows], width, pad)
-    return np.ascontiguousarray(tokens[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
-
-
-def widen_left(
-    tokens: Int[Host, "row time"], mask: Bool[Host, "row time"], width: int
-) -> tuple[Int[Host, "row wide"], Bool[Host, "row wide"]]:
-    """Adds left padding up to `width` columns (hosts must agree on one width)."""
-    extra = ((0, 0), (width - tokens.shape[1], 0))
-    return np.pad(tokens, extra), np.pad(mask, extra)
-
-
-@functools.lru_cache(maxsize=2)  # a step needs one epoch's order; the next epoch's replaces it
-def _epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(total)
-
-
-def batch_indices(
-    seed: int, step: int, total: int, questions_per_step: int
-) -> Int[Host, " question"]:
-    """Which questions step `step` (from 0) uses: a pure function, so any step can be replayed.
-
-    Each epoch is a fresh permutation of all questions; its last partial batch is dropped.
-
-    Raises:
-        InputError: if there are fewer questions than one step needs.
-    """
-    steps_per_epoch = total // questions_per_step
-    if steps_per_epoch == 0:
-        raise InputError(
-            f"data.questions_per_step: got {questions_per_step}, must be at most the number of "
-            f"training questions, {total}"
-        )
-    epoch, position = divmod(step, steps_per_epoch)
-    start = position * questions_per_step
-    return _epoch_order(seed, epoch, total)[start : start + questions_per_step].copy()
 
 
 def make_batch(

@@ -1,16 +1,11 @@
 """Hugging Face checkpoints in and out, and GGUF files in."""
 
-from pgpo_jax.hf.folder import (
-    ModelSection,
-    end_tokens,
-    from_section,
-    load,
-    load_config,
-    load_tokenizer,
-    save,
-)
+from pgpo_jax.hf.load import Model, ModelSection, from_section, load, load_config
+from pgpo_jax.hf.save import save
+from pgpo_jax.hf.tokenizer import end_tokens, load_tokenizer
 
 __all__ = [
+    "Model",
     "ModelSection",
     "end_tokens",
     "from_section",

@@ -465,15 +465,24 @@ def _constrain(x: Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> Arr
     return lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.spec(axes, x.shape, mesh)))
 
 
-def make_graphdef(config: ModelConfig, options: Options = Options()) -> nnx.GraphDef:
-    """The static part of the model; `nnx.merge(graphdef, params)` gives it back. Uses no memory."""
+GraphDef = nnx.GraphDef
+"""The static part of a model: all but its parameters."""
+
+
+def merge(graphdef: GraphDef, params: Any) -> Decoder:
+    """The model that computes with `params`, traced or real; nothing is copied."""
+    return nnx.merge(graphdef, params)
+
+
+def make_graphdef(config: ModelConfig, options: Options = Options()) -> GraphDef:
+    """The static part of the model, for `merge`. Uses no memory."""
     abstract = nnx.eval_shape(lambda: Decoder(config, options, rngs=nnx.Rngs(0)))
     return nnx.split(abstract)[0]
 
 
 def init(
     config: ModelConfig, options: Options, key: Array, mesh: Mesh | None = None
-) -> tuple[nnx.GraphDef, dict[str, Any]]:
+) -> tuple[GraphDef, dict[str, Any]]:
     """A model with random weights, made where they will live: no device holds more than its shards.
 
     The values do not depend on the mesh.

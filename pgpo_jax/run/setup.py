@@ -5,12 +5,12 @@ import os
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from pgpo_jax import hf, sampler, sharding, tasks
 from pgpo_jax.config import Config
 from pgpo_jax.errors import InputError
+from pgpo_jax.models import GraphDef
 from pgpo_jax.run.checks import check_run
 from pgpo_jax.tasks import Task
 
@@ -20,12 +20,12 @@ class Run(NamedTuple):
 
     mesh: Mesh
     task: Task
-    graphdef: nnx.GraphDef
+    graphdef: GraphDef
     params: Any
     tokenizer: Any
     sampling: sampler.SamplingConfig
     """The sampling section with the model's end tokens and vocabulary."""
-    teacher_graphdef: nnx.GraphDef | None = None
+    teacher_graphdef: GraphDef | None = None
     """The teacher's model, where it is another one (`teacher.path`)."""
     teacher: Any = None
     """Its parameters."""
@@ -36,8 +36,8 @@ def load_run(config: Config) -> Run:
     sharding.initialize(config.distributed)
     mesh = sharding.make_mesh(config.mesh)
     task = tasks.load(config.task)
-    graphdef, params, tokenizer = hf.from_section(config.model, mesh, jax.random.key(config.seed))
-    tokenizer = tokenizer or task.tokenizer
+    model = hf.from_section(config.model, mesh, jax.random.key(config.seed))
+    tokenizer = model.tokenizer or task.tokenizer
     if tokenizer is None:
         raise InputError(
             f"model.path: got none; task {task.name} brings no tokenizer, so give a checkpoint"
@@ -48,23 +48,22 @@ def load_run(config: Config) -> Run:
         sampling = dataclasses.replace(sampling, end_tokens=ends)
     if sampling.vocab_size is None:  # rows beyond the tokenizer's are padding
         sampling = dataclasses.replace(sampling, vocab_size=len(tokenizer))
-    architecture = nnx.merge(graphdef, params).config
-    check_run(task, architecture, tokenizer, sampling, config.data, config.reprompt)
-    run = Run(mesh, task, graphdef, params, tokenizer, sampling)
+    check_run(task, model.config, tokenizer, sampling, config.data, config.reprompt)
+    run = Run(mesh, task, model.graphdef, model.params, tokenizer, sampling)
     if config.teacher.path is None:
         return run
     section = dataclasses.replace(config.model, path=config.teacher.path, architecture=None)
-    theirs, teacher, other_tokenizer = hf.from_section(section, mesh, jax.random.key(0))
-    if other_tokenizer is not None and other_tokenizer.get_vocab() != tokenizer.get_vocab():
+    teacher = hf.from_section(section, mesh, jax.random.key(0))
+    if teacher.tokenizer is not None and teacher.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"teacher.path: {config.teacher.path} has another vocabulary than the student; its "
             "choice of token would mean nothing, so take a teacher of the same family"
         )
-    if (size := nnx.merge(theirs, teacher).config.vocab_size) != architecture.vocab_size:
+    if (size := teacher.config.vocab_size) != model.config.vocab_size:
         raise InputError(
-            f"teacher.path: got a model of {size} tokens; the student has {architecture.vocab_size}"
+            f"teacher.path: got a model of {size} tokens; the student has {model.config.vocab_size}"
         )
-    return run._replace(teacher_graphdef=theirs, teacher=teacher)
+    return run._replace(teacher_graphdef=teacher.graphdef, teacher=teacher.params)
 
 
 def checkpoint_folder(config: Config) -> str:

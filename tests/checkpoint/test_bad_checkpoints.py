@@ -25,7 +25,7 @@ def whole(tmp_path_factory):
     """The checkpoint before any damage."""
     path = tmp_path_factory.mktemp("checkpoint") / "model"
     section = hf.ModelSection(architecture=ARCHITECTURE, dtype="float32")
-    graphdef, params, _ = hf.from_section(section, None, jax.random.key(0))
+    graphdef, params, *_ = hf.from_section(section, None, jax.random.key(0))
     hf.save(path, graphdef, params, addition.make_tokenizer(), shard_bytes=6000)
     assert sorted(file.name for file in path.glob("*.safetensors")) == [FIRST, SECOND, LAST]
     return path

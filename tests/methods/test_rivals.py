@@ -68,7 +68,7 @@ def test_a_rival_trains(path, tmp_path, half_right):
 
 def test_another_model_may_be_the_teacher(tmp_path, half_right):
     section = hf.ModelSection(architecture={**ARCHITECTURE, "hidden_size": 32})
-    graphdef, params, _ = hf.from_section(section, None, jax.random.key(1))
+    graphdef, params, *_ = hf.from_section(section, None, jax.random.key(1))
     hf.save(tmp_path / "teacher", graphdef, params, TOKENIZER)
     changes = {
         "teacher.path": tmp_path / "teacher",
@@ -84,7 +84,7 @@ def test_another_model_may_be_the_teacher(tmp_path, half_right):
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path, refused):
     section = hf.ModelSection(architecture={**ARCHITECTURE, "vocab_size": 24})
-    graphdef, params, _ = hf.from_section(section, None, jax.random.key(1))
+    graphdef, params, *_ = hf.from_section(section, None, jax.random.key(1))
     hf.save(tmp_path / "teacher", graphdef, params, TOKENIZER)
     changes = {"teacher.path": tmp_path / "teacher", "teacher.refresh": "frozen"}
     line = "teacher.path: got a model of 24 tokens; the student has 16"
