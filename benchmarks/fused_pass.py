@@ -32,7 +32,8 @@ from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
 from pgpo_jax.plan import hlo, hlo_cost
-from pgpo_jax.step import abstract_train_state, make_train_step, train_state_shardings
+from pgpo_jax.state import abstract_train_state, train_state_shardings
+from pgpo_jax.step import make_train_step
 
 ESTIMATORS: tuple[Estimator, ...] = (
     "entropy_gap",

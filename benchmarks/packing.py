@@ -35,7 +35,8 @@ from pgpo_jax.data import Batch, DataConfig, packing
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
-from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
+from pgpo_jax.state import init_train_state, train_state_shardings
+from pgpo_jax.step import make_train_step
 
 
 class Preset(NamedTuple):

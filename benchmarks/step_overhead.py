@@ -27,7 +27,8 @@ from pgpo_jax.optimizer import (
     learning_rate,
     make_optimizer,
 )
-from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
+from pgpo_jax.state import init_train_state, train_state_shardings
+from pgpo_jax.step import make_train_step
 
 PRESETS = {
     # The quickstart's model and batch.

@@ -48,7 +48,8 @@ from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer, scale_by_information
 from pgpo_jax.plan import chips
-from pgpo_jax.step import init_train_state, make_train_step, train_state_shardings
+from pgpo_jax.state import init_train_state, train_state_shardings
+from pgpo_jax.step import make_train_step
 from pgpo_jax.teacher import AVERAGE
 
 

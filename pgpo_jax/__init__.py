@@ -11,12 +11,8 @@ where I estimates the information that the teacher's context carries (arXiv 2606
 
 from pgpo_jax import information, losses
 from pgpo_jax.losses import aggregate, divergence
-from pgpo_jax.optimizer import (
-    OptimizerConfig,
-    ScaleByInformationState,
-    make_optimizer,
-    scale_by_information,
-)
+from pgpo_jax.multiplier import ScaleByInformationState, scale_by_information
+from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
 
 __version__ = "0.1.0"
 

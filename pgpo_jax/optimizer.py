@@ -1,227 +1,18 @@
-"""The multiplier of PGPO as an optax transformation, and the optimizer chain around it."""
+"""The optimizer of an update: clipping, AdamW with a warm-up, then the multiplier."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
 
-from pgpo_jax.errors import InputError, require
-
-
-class ScaleByInformationState(NamedTuple):
-    """State of `scale_by_information`."""
-
-    count: Int[Array, ""]
-    """Number of updates so far."""
-    multiplier: Float[Array, ""]
-    """rho of the last update; 1 before the first."""
-
-
-def scale_by_information(
-    alpha: optax.ScalarOrSchedule, rho_max: float = 2.0, rho_min: float = 0.0
-) -> optax.GradientTransformationExtraArgs:
-    r"""Scales updates by a bounded exponential of an information estimate.
-
-    Multiplies the updates by :math:`\rho = \mathrm{clip}(\exp(\alpha I), \rho_{min}, \rho_{max})`,
-    where :math:`I` is passed to `update` as the keyword argument `information`.
-
-    It must stand **last in the chain, after the optimizer**: Adam and its relatives normalise the
-    scale of what they are given, so before them the multiplier does nothing. Standing after
-    `optax.adamw` it scales everything that adamw adds to the parameters, the decay included ("the
-    final update" of the paper); to keep the decay out, chain `optax.scale_by_adam`,
-    `scale_by_information`, `optax.add_decayed_weights` and `optax.scale_by_learning_rate`. Moments
-    are not touched. With gradient accumulation, accumulate gradients and information together and
-    call the chain once: `optax.MultiSteps` would pass on only the last micro-batch's information.
-
-    Args:
-      alpha: Exponent, a float or an optax schedule of the update count. 0 gives a multiplier of
-        exactly 1, and a negative value brakes where a positive one accelerates.
-      rho_max: Upper bound of the multiplier; an infinite information gives it.
-      rho_min: Lower bound; 0 is the paper's eq. 9, and 1 never lets the step shrink.
-
-    Returns:
-      A transformation whose `update` takes the required keyword argument `information`, a scalar in
-      nats per response token. NaN in it propagates into the updates. Other extra arguments are
-      ignored.
-
-    Raises:
-      TypeError: `update` was called without `information`.
-      ValueError: `information` is not a scalar.
-
-    Examples:
-      >>> import optax, jax.numpy as jnp
-      >>> from pgpo_jax import scale_by_information
-      >>> optimizer = optax.chain(optax.sgd(0.1), scale_by_information(alpha=1.0, rho_max=2.0))
-      >>> params = {"w": jnp.array([1.0, -1.0])}
-      >>> state = optimizer.init(params)
-      >>> grads = {"w": jnp.array([1.0, 2.0])}
-      >>> updates, state = optimizer.update(grads, state, params, information=jnp.log(1.5))
-      >>> print(updates["w"], state[-1].multiplier)
-      [-0.15 -0.3 ] 1.5
-
-    References:
-      Wang et al., Physics-Guided Policy Optimization with self-distillation, 2026, eq. 9,
-      https://arxiv.org/abs/2606.03620
-    """
-
-    def update_fn(updates, state, params=None, *, information, **extra_args):
-        del params, extra_args
-        return _apply(updates, state, _rho(alpha, state, information, rho_max, rho_min))
-
-    # optax's type has no required extra argument; calling without it is the TypeError we want.
-    return optax.GradientTransformationExtraArgs(_initial, update_fn)  # pyright: ignore[reportArgumentType]
-
-
-class ScaleByRelativeInformationState(NamedTuple):
-    """State of `scale_by_relative_information`."""
-
-    applied: ScaleByInformationState
-    """Count of the updates and the multiplier that the last one was given."""
-    mean: Float[Array, ""]
-    """Running mean of rho; 1 before the first update."""
-
-
-def scale_by_relative_information(
-    alpha: optax.ScalarOrSchedule, rho_max: float = 2.0, rho_min: float = 0.0, decay: float = 0.9
-) -> optax.GradientTransformationExtraArgs:
-    r"""Scales updates by the multiplier over its own running mean: modulation, no larger rate.
-
-    `scale_by_information` is partly a larger learning rate, since its multiplier stays above 1
-    for as long as the information is positive. Here update :math:`k` is scaled by
-    :math:`\rho_k / \bar\rho_k`, where :math:`\rho_k` is the multiplier of `scale_by_information`
-    and :math:`\bar\rho_k` the bias-corrected exponential moving average of
-    :math:`\rho_1 \dots \rho_k`. The first update has a multiplier of exactly 1, a constant
-    information gives exactly 1 throughout, and where the information drifts the multiplier's mean
-    is off 1 by the drift over about 1 / (1 - decay) updates.
-
-    It stands where `scale_by_information` does, last in the chain. The bounds are those of rho
-    before the division.
-
-    Args:
-      alpha: Exponent, a float or an optax schedule of the update count; 0 gives exactly 1.
-      rho_max: Upper bound of rho.
-      rho_min: Lower bound of rho.
-      decay: Of the running mean, in [0, 1): 0 turns the modulation off.
-
-    Returns:
-      A transformation with the arguments and errors of `scale_by_information`.
-
-    Examples:
-      >>> import optax, jax.numpy as jnp
-      >>> from pgpo_jax.optimizer import scale_by_relative_information
-      >>> transform = scale_by_relative_information(alpha=1.0, decay=0.5)
-      >>> state = transform.init(None)
-      >>> for rho in (1.5, 1.5, 1.0):
-      ...     updates, state = transform.update(jnp.ones(1), state, information=jnp.log(rho))
-      ...     print(f"{state.applied.multiplier:.4f} of a mean {state.mean:.4f}")
-      1.0000 of a mean 1.5000
-      1.0000 of a mean 1.5000
-      0.8235 of a mean 1.2143
-    """
-
-    def init_fn(params):
-        return ScaleByRelativeInformationState(_initial(params), jnp.ones([], jnp.float32))
-
-    def update_fn(updates, state, params=None, *, information, **extra_args):
-        del params, extra_args
-        rho = _rho(alpha, state.applied, information, rho_max, rho_min)
-        # The bias-corrected average, written as a step towards rho: of equal numbers it is exact.
-        weight = (1 - decay) / (1 - decay ** (state.applied.count + 1.0))
-        before = jnp.where(state.applied.count == 0, rho, state.mean)
-        mean = before + weight * (rho - before)
-        relative = jnp.where(mean > 0, rho / mean, 1.0)  # rho_min = 0 allows a mean of 0
-        relative = jnp.where(jnp.isnan(rho), rho, relative)
-        updates, applied = _apply(updates, state.applied, relative)
-        return updates, ScaleByRelativeInformationState(applied, mean)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
-
-
-class ScaleBySequenceState(NamedTuple):
-    """State of `scale_by_sequence`."""
-
-    applied: ScaleByInformationState
-    """Count of the updates and the multiplier that the last one was given."""
-    sequence: Float[Array, " update"]
-    """The multipliers. Here and not in the program, so that runs with others need not compile."""
-
-
-def scale_by_sequence(multipliers: Sequence[float]) -> optax.GradientTransformationExtraArgs:
-    """Scales update k (from 0) by the k-th multiplier, whatever the information.
-
-    The control that a multiplier made from information must beat: the multipliers of another run
-    (`read_multipliers`), in their order or shuffled.
-
-    Args:
-      multipliers: At least one; after the last the sequence begins again.
-
-    Returns:
-      A transformation that ignores all extra arguments.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from pgpo_jax.optimizer import scale_by_sequence
-      >>> transform = scale_by_sequence([1.0, 1.5])
-      >>> state = transform.init(None)
-      >>> for _ in range(3):
-      ...     updates, state = transform.update(jnp.ones(1), state)
-      ...     print(updates)
-      [1.]
-      [1.5]
-      [1.]
-    """
-
-    def init_fn(params):
-        return ScaleBySequenceState(_initial(params), jnp.asarray(multipliers, jnp.float32))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
-        place = state.applied.count % state.sequence.shape[0]
-        updates, applied = _apply(updates, state.applied, state.sequence[place])
-        return updates, state._replace(applied=applied)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _initial(params) -> ScaleByInformationState:
-    del params
-    return ScaleByInformationState(jnp.zeros([], jnp.int32), jnp.ones([], jnp.float32))
-
-
-def _rho(alpha, state: ScaleByInformationState, information, rho_max: float, rho_min: float):
-    """clip(exp(alpha * I), rho_min, rho_max)."""
-    information = jnp.asarray(information, jnp.float32)
-    if information.shape != ():
-        raise ValueError(
-            f"information: got shape {information.shape}; must be a scalar in nats per "
-            "response token (pgpo_jax.information.reduce makes one)"
-        )
-    exponent = jnp.asarray(alpha(state.count) if callable(alpha) else alpha, jnp.float32)
-    # 0 * inf is NaN: alpha = 0 must be the chain without the transformation, whatever the
-    # information.
-    scaled = jnp.where(exponent == 0, 0.0, exponent * information)
-    return jnp.clip(jnp.exp(scaled), rho_min, rho_max).astype(jnp.float32)
-
-
-def _apply(updates, state: ScaleByInformationState, multiplier):
-    updates = jax.tree.map(lambda update: _scale(update, multiplier), updates)
-    count = jnp.asarray(optax.safe_increment(state.count))
-    return updates, ScaleByInformationState(count, multiplier)
-
-
-def _scale(update, multiplier):
-    """Multiplies in float32 or wider and keeps the dtype: a multiplier in bfloat16 would be off by
-    0.4 %."""
-    wide = jnp.promote_types(update.dtype, jnp.float32)
-    return (update.astype(wide) * multiplier.astype(wide)).astype(update.dtype)
+from pgpo_jax.errors import require
+from pgpo_jax.methods import scale_by_relative_information, scale_by_sequence
+from pgpo_jax.multiplier import ScaleByInformationState, scale_by_information
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,69 +106,36 @@ def alpha(config: OptimizerConfig) -> optax.ScalarOrSchedule:
     return optax.linear_schedule(config.alpha, config.alpha_end, config.alpha_steps)
 
 
-def read_multipliers(path: str) -> list[float]:
-    """The multipliers of a run's updates: a `metrics.jsonl`, or a JSON list of numbers.
-
-    Skipped updates of a run are left out: they changed nothing, and the optimizer did not count
-    them.
-
-    Raises:
-      InputError: The file cannot be read, or what it holds are no multipliers.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        if path.endswith(".jsonl"):
-            rows = [json.loads(line) for line in text.splitlines()]
-            found = [row["multiplier"] for row in rows if row.get("skipped") == 0]
-        else:
-            found = json.loads(text)
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise InputError(
-            f"optimizer.replay: {path} cannot be read ({type(error).__name__}: {error}); give the "
-            "metrics.jsonl of a run, or a JSON list of numbers"
-        ) from error
-    good = isinstance(found, list) and all(
-        type(value) in (int, float) and 0 <= value < math.inf for value in found
-    )
-    if not good or not found:
-        raise InputError(
-            f"optimizer.replay: {path} holds no multipliers; must be numbers, at least one, none "
-            "of them negative"
-        )
-    return [float(value) for value in found]
-
-
-def _replayed(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    assert config.replay is not None
-    multipliers = read_multipliers(config.replay)
-    if config.replay_seed is not None:
-        multipliers = np.random.default_rng(config.replay_seed).permutation(multipliers).tolist()
-    return scale_by_sequence(multipliers)
-
-
 MULTIPLIERS = {
-    "information": lambda config: scale_by_information(
+    "information": lambda config, replay: scale_by_information(
         alpha(config), config.rho_max, config.rho_min
     ),
-    "relative": lambda config: scale_by_relative_information(
+    "relative": lambda config, replay: scale_by_relative_information(
         alpha(config), config.rho_max, config.rho_min, config.mean_decay
     ),
-    "replayed": _replayed,
+    "replayed": lambda config, replay: scale_by_sequence(replay),
 }
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, replay: Sequence[float] = ()
+) -> optax.GradientTransformationExtraArgs:
     """clip by global norm -> AdamW with warm-up -> the multiplier; `update` takes `information`.
 
+    Args:
+      config: The settings.
+      replay: The multipliers of `replayed` (`logs.read_multipliers` of `config.replay`).
+
     Raises:
-      InputError: The multipliers to replay cannot be read.
+      ValueError: `replayed`, and no multipliers, or some that are none.
     """
+    if config.replay_seed is not None:
+        replay = np.random.default_rng(config.replay_seed).permutation(replay).tolist()
     adamw = optax.adamw(
         learning_rate(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay
     )
     clip = [] if config.max_grad_norm is None else [optax.clip_by_global_norm(config.max_grad_norm)]
-    return optax.chain(*clip, adamw, MULTIPLIERS[config.multiplier](config))
+    return optax.chain(*clip, adamw, MULTIPLIERS[config.multiplier](config, replay))
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any:

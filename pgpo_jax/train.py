@@ -24,7 +24,7 @@ from pgpo_jax.config import Config
 from pgpo_jax.data import Contexts, Evidence, Rollouts, packing
 from pgpo_jax.errors import InputError, RunError, command, printable
 from pgpo_jax.evaluation import answer, evaluate, held_out, question_rewards, verify
-from pgpo_jax.logs import End, Watch, Writer, count_compilations
+from pgpo_jax.logs import End, Watch, Writer, count_compilations, read_multipliers
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
 from pgpo_jax.reprompt import reprompt, show_answers
 from pgpo_jax.run import (
@@ -40,13 +40,8 @@ from pgpo_jax.run import (
     token_columns,
 )
 from pgpo_jax.sampler import rollout
-from pgpo_jax.step import (
-    TrainState,
-    abstract_train_state,
-    init_train_state,
-    make_train_step,
-    train_state_shardings,
-)
+from pgpo_jax.state import TrainState, abstract_train_state, init_train_state, train_state_shardings
+from pgpo_jax.step import make_train_step
 from pgpo_jax.tasks import Outcome, Question
 from pgpo_jax.warm_start import warm_start
 
@@ -72,7 +67,7 @@ def train(config: Config) -> int:
     )
     batch_indices(step=0)  # too few questions are found now, not after the warm start
     changes = claim_folder(config)
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, read_multipliers(config.optimizer.replay))
     shardings = train_state_shardings(run.params, optimizer, run.teacher)
     step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
 
@@ -213,7 +208,7 @@ def _build(config: Config, run: Run, shardings: TrainState) -> Callable[..., Any
     """The update that a configuration states."""
     return make_train_step(
         run.graphdef,
-        make_optimizer(config.optimizer),
+        make_optimizer(config.optimizer, read_multipliers(config.optimizer.replay)),
         config.distillation,
         shardings,
         objective=config.objective,

@@ -1,5 +1,6 @@
 """Contract of `scale_by_information` and its relatives, and of the wrappers around them."""
 
+import functools
 import json
 
 import chex
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from flax import nnx
 from hypothesis import given
@@ -16,14 +18,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pgpo_jax import OptimizerConfig, make_optimizer, scale_by_information
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.errors import InputError
-from pgpo_jax.optimizer import (
-    information_state,
-    learning_rate,
-    read_multipliers,
-    scale_by_relative_information,
-    scale_by_sequence,
-)
-from pgpo_jax.step import abstract_train_state, init_train_state
+from pgpo_jax.logs import read_multipliers
+from pgpo_jax.methods import scale_by_relative_information, scale_by_sequence
+from pgpo_jax.optimizer import information_state, learning_rate
+from pgpo_jax.state import abstract_train_state, init_train_state
 
 PARAMS = {"a": jnp.linspace(-1.0, 1.0, 8), "b": {"c": jnp.ones((2, 3), jnp.bfloat16)}}
 GRADS = jax.tree.map(lambda p: (p * 3 + 0.5).astype(p.dtype), PARAMS)
@@ -192,13 +190,12 @@ def test_the_relative_multiplier_has_the_errors_of_the_other(wrong):
     ],
     ids=str,
 )
-def test_alpha_zero_or_a_replay_of_ones_is_bitwise_the_chain_without_them(settings, tmp_path):
+def test_alpha_zero_or_a_replay_of_ones_is_bitwise_the_chain_without_them(settings):
     if settings.get("multiplier") == "replayed":
-        (tmp_path / "ones.json").write_text("[1.0]")
-        settings = {**settings, "replay": str(tmp_path / "ones.json")}
+        settings = {**settings, "replay": "ones.json"}
     config = OptimizerConfig(alpha=0.0, learning_rate=1e-2, warmup_steps=2, **settings)
     plain = OptimizerConfig(alpha=0.0, learning_rate=1e-2, warmup_steps=2)
-    ours, _, _ = run(make_optimizer(config), 0.7)
+    ours, _, _ = run(make_optimizer(config, [1.0]), 0.7)
     theirs, _, _ = run(make_optimizer(plain), 0.7)
     chex.assert_trees_all_equal(ours, theirs)
 
@@ -218,7 +215,8 @@ def test_replay_reads_the_multipliers_of_a_runs_updates_and_shuffles_them_by_its
 
     def replayed(seed, count=5):
         config = OptimizerConfig(multiplier="replayed", replay=str(path), replay_seed=seed)
-        return multipliers(make_optimizer(config), [0.0] * count).tolist()
+        optimizer = make_optimizer(config, read_multipliers(str(path)))
+        return multipliers(optimizer, [0.0] * count).tolist()
 
     assert replayed(None, 7) == [*expected, 1.125, 1.25]
     assert replayed(0) == replayed(0)
@@ -246,18 +244,17 @@ def test_replay_reads_the_multipliers_of_a_runs_updates_and_shuffles_them_by_its
 def test_a_replay_that_cannot_be_is_one_line(name, text, tmp_path):
     if text is not None:
         (tmp_path / name).write_text(text)
-    config = OptimizerConfig(multiplier="replayed", replay=str(tmp_path / name))
     with pytest.raises(InputError, match=rf"optimizer\.replay: .*{name}") as error:
-        make_optimizer(config)
+        read_multipliers(str(tmp_path / name))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("settings", [{"multiplier": "relative"}, {"multiplier": "replayed"}])
 def test_a_restored_optimizer_goes_on_bitwise(settings, tmp_path):
     if settings["multiplier"] == "replayed":
-        (tmp_path / "rho.json").write_text("[0.5, 2.0, 1.0, 1.5]")
-        settings = {**settings, "replay": str(tmp_path / "rho.json")}
-    optimizer = make_optimizer(OptimizerConfig(1.0, learning_rate=1e-2, **settings))
+        settings = {**settings, "replay": "rho.json"}
+    config = OptimizerConfig(1.0, learning_rate=1e-2, **settings)
+    optimizer = make_optimizer(config, [0.5, 2.0, 1.0, 1.5])
     one = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     params = jax.device_put({"w": jnp.linspace(-1.0, 1.0, 8)}, NamedSharding(one, PartitionSpec()))
 
@@ -360,6 +357,211 @@ def test_sharded_and_donated_updates_equal_the_plain_ones():
     sharded = descend(jax.device_put(start, split), donate_argnums=(0, 1))
     assert sharded["w"].sharding.spec == split.spec
     chex.assert_trees_all_close(sharded, descend(jax.device_put(start)), rtol=1e-6)
+
+
+LEAVES = {
+    "Python float": 3.0,
+    "Python int": 3,
+    "bool": True,
+    "NumPy int": np.arange(4),
+    "NumPy float64": np.linspace(0, 1, 4),
+    "NumPy scalar": np.float32(0.7),
+    "int32": jnp.arange(4),
+    "int8": jnp.arange(4, dtype=jnp.int8),
+    "bfloat16": jnp.arange(4, dtype=jnp.bfloat16),
+    "float16": jnp.arange(4, dtype=jnp.float16),
+    "float8": jnp.arange(4).astype(jnp.float8_e4m3fn),
+    "complex": jnp.array([1 + 2j]),
+    "empty": jnp.zeros((0, 3)),
+    "None": None,
+    "masked": optax.MaskedNode(),
+    "no state": optax.EmptyState(),
+}
+
+
+@pytest.mark.parametrize("leaf", LEAVES.values(), ids=LEAVES)
+@pytest.mark.parametrize("jitted", [False, True])
+def test_leaves_are_scaled_as_by_optax_scale(leaf, jitted):
+    ours, theirs = scale_by_information(1.0, 4.0), optax.scale(1.5)
+    tree = {"a": leaf, "b": jnp.ones(2)}
+
+    def both(tree):
+        state = ours.init(tree)
+        scaled, _ = ours.update(tree, state, information=jnp.log(jnp.float32(1.5)))
+        return scaled, theirs.update(tree, theirs.init(tree))[0]
+
+    scaled, expected = (jax.jit(both) if jitted else both)(tree)
+    assert jax.tree.structure(scaled) == jax.tree.structure(expected)
+    for a, b in zip(*map(jax.tree.leaves, (scaled, expected)), strict=True):
+        assert a.dtype == jnp.result_type(b)
+        wide = [np.asarray(jnp.asarray(x).astype(jnp.complex64)) for x in (a, b)]
+        np.testing.assert_allclose(*wide, rtol=1e-6)
+
+
+TRANSFORMS = [scale_by_information, scale_by_relative_information]
+
+
+@pytest.mark.parametrize("make", TRANSFORMS)
+@pytest.mark.parametrize(
+    "information",
+    [None, 0.5j, jnp.complex64(1), np.complex128(0)],
+    ids=["None", "0.5j", "c64", "0j"],
+)
+def test_no_information_and_a_complex_one_are_type_errors_that_name_it(make, information):
+    transform = make(1.0)
+    with pytest.raises(TypeError, match=r"information: got .*; must be a real scalar"):
+        transform.update(GRADS, transform.init(PARAMS), information=information)
+
+
+@pytest.mark.parametrize("make", TRANSFORMS)
+@pytest.mark.parametrize(
+    "settings, error, match",
+    [
+        (
+            {"rho_max": 0.5, "rho_min": 1.0},
+            ValueError,
+            "rho_max: got 0.5; must be at least rho_min",
+        ),
+        ({"rho_max": np.nan}, ValueError, "rho_max: got nan"),
+        ({"rho_max": -1.0, "rho_min": -2.0}, ValueError, r"rho_max: got -1.0; .* not negative"),
+        ({"rho_max": jnp.float32(0.5), "rho_min": 1}, ValueError, "rho_max"),
+        ({"rho_min": jnp.ones(2)}, ValueError, r"rho_min: got shape \(2,\)"),
+        ({"alpha": jnp.ones(8)}, ValueError, r"alpha: got shape \(8,\); must be a scalar"),
+        ({"alpha": [1.0]}, ValueError, r"alpha: got shape \(1,\)"),
+        ({"alpha": None}, TypeError, "alpha: got None"),
+        ({"alpha": 1j}, TypeError, "alpha"),
+        ({"rho_max": None}, TypeError, "rho_max: got None"),
+    ],
+    ids=str,
+)
+def test_settings_without_a_meaning_are_refused_when_the_transformation_is_made(
+    make, settings, error, match
+):
+    with pytest.raises(error, match=match):
+        make(**{"alpha": 1.0, **settings})
+
+
+def test_a_schedule_that_gives_no_scalar_is_refused():
+    transform = scale_by_information(lambda count: jnp.ones(3) * count)
+    with pytest.raises(ValueError, match=r"alpha: got shape \(3,\)"):
+        transform.update(GRADS, transform.init(PARAMS), information=0.1)
+
+
+def test_settings_that_are_traced_are_refused_by_their_shape_and_else_the_upper_bound_holds():
+    def multiplier(alpha, rho_max, rho_min):
+        transform = scale_by_information(alpha, rho_max, rho_min)
+        return transform.update(GRADS, transform.init(PARAMS), information=0.0)[1].multiplier
+
+    with pytest.raises(ValueError, match=r"alpha: got shape \(2,\)"):
+        jax.jit(multiplier)(jnp.ones(2), 2.0, 0.0)
+    assert jax.jit(multiplier)(1.0, 0.5, 3.0) == 0.5
+    with pytest.raises(ValueError, match=r"alpha: got shape \(2,\)"):
+        optax.inject_hyperparams(scale_by_information)(alpha=jnp.ones(2)).init(PARAMS)
+
+
+@pytest.mark.parametrize("make", TRANSFORMS)
+@pytest.mark.parametrize("mapped", ["pmap", "shard_map"])
+def test_an_axis_name_makes_one_multiplier_of_the_information_of_all_devices(make, mapped):
+    informations = jnp.linspace(-0.5, 0.3, 8)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+
+    def multipliers(axis_name):
+        optimizer = make(1.0, 4.0, axis_name=axis_name)
+
+        def step(information):
+            state = optimizer.init(GRADS)
+            for _ in range(2):  # the relative one's first is always 1
+                scale = information.reshape(()) * (
+                    1 + state[0].count if make is not TRANSFORMS[0] else 1
+                )
+                _, state = optimizer.update(GRADS, state, information=scale)
+            return information_state(state).multiplier[None]
+
+        if mapped == "pmap":
+            return np.ravel(jax.pmap(step, axis_name="d")(informations))
+        spec = PartitionSpec("d")
+        return np.asarray(
+            jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec)(informations)
+        )
+
+    assert len(set(multipliers(None).tolist())) == 8  # what the docstring warns of
+    together = multipliers("d")
+    assert len(set(together.tolist())) == 1
+    if make is scale_by_information:
+        np.testing.assert_allclose(together, np.exp(informations.mean()), rtol=1e-6)
+
+
+def test_lookahead_takes_the_information_that_is_bound_inside_the_step():
+    chain = optax.chain(optax.sgd(0.1), scale_by_information(1.0))
+
+    def lookahead(information):
+        update = functools.partial(chain.update, information=information)
+        return optax.lookahead(optax.GradientTransformation(chain.init, update), 2, 0.5)
+
+    params = optax.LookaheadParams.init_synced({"w": jnp.ones(2)})
+    state = lookahead(0.0).init(params)
+
+    @jax.jit
+    def step(params, state, information):
+        updates, state = lookahead(information).update({"w": jnp.ones(2)}, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(2):
+        params, state = step(params, state, jnp.log(1.5))
+    # Two steps of 0.15, then half way back to where the slow parameters were.
+    np.testing.assert_allclose(params.slow["w"], 1 - 0.15, rtol=1e-6)
+    np.testing.assert_allclose(params.fast["w"], 1 - 0.15, rtol=1e-6)
+
+
+def test_multi_steps_passes_on_the_last_information_only():
+    optimizer = optax.MultiSteps(optax.chain(optax.sgd(1.0), scale_by_information(1.0)), 2)
+    state = optimizer.init(GRADS)
+    for information in (9.0, np.log(1.5)):
+        _, state = optimizer.update(GRADS, state, GRADS, information=information)
+    np.testing.assert_allclose(information_state(state).multiplier, 1.5, rtol=1e-6)
+
+
+def test_apply_if_finite_does_not_see_a_nan_information():
+    optimizer = optax.apply_if_finite(optax.chain(optax.sgd(0.1), scale_by_information(1.0)), 5)
+    _, state, updates = run(optimizer, jnp.nan, steps=1)
+    assert state.total_notfinite == 0
+    assert jnp.isnan(updates["a"]).all()
+
+
+def test_inside_schedule_free_the_multiplier_scales_the_step_of_its_sequence():
+    def steps(rate, alpha, information):
+        base = optax.chain(optax.sgd(rate), scale_by_information(alpha, 4.0))
+        optimizer = optax.contrib.schedule_free(base, learning_rate=0.1)
+        return run(optimizer, information, {"w": jnp.ones(2)}, {"w": jnp.ones(2)})[0]
+
+    chex.assert_trees_all_close(steps(0.1, 1.0, np.log(2.0)), steps(0.2, 0.0, 0.0), rtol=1e-6)
+
+
+def test_the_relative_multiplier_respects_its_bounds_where_rho_leaps():
+    transform = scale_by_relative_information(1.0, rho_max=2.0, rho_min=0.25, decay=0.9)
+    # Over its mean alone rho would be 4.7 after the leap up and 0.14 after the one down.
+    leaps = [-9.0] * 20 + [9.0] * 20 + [-9.0]
+    seen = multipliers(transform, leaps)
+    assert seen.max() == seen[20] == 2.0
+    assert seen.min() == seen[40] == 0.25
+
+
+@pytest.mark.parametrize("bad", [np.nan, [np.nan, np.nan]])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_nan_does_not_end_the_relative_modulation(bad, first):
+    bad = np.atleast_1d(bad).tolist()
+    before, after = ([], [0.1, 0.4]) if first else ([0.1, 0.4], [0.2, 0.1])
+    seen = multipliers(scale_by_relative_information(1.0), before + bad + after)
+    assert np.isnan(seen[len(before) : len(before) + len(bad)]).all()
+    assert np.isfinite(seen[-2:]).all()
+    assert seen[-1] != 1
+    np.testing.assert_allclose(seen[-1], 1, atol=0.3)
+
+
+@pytest.mark.parametrize("bad", [[], [-1.0], [np.inf], [np.nan], [[1.0]]])
+def test_a_sequence_that_holds_no_multipliers_is_refused(bad):
+    with pytest.raises(ValueError, match="multipliers: got"):
+        scale_by_sequence(bad)
 
 
 def test_before_adam_it_does_nothing_and_after_adam_it_scales_the_step():

@@ -10,7 +10,8 @@ from pgpo_jax import config, sharding
 from pgpo_jax.data import Batch
 from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import learning_rate, make_optimizer
-from pgpo_jax.step import abstract_train_state, make_train_step, train_state_shardings
+from pgpo_jax.state import abstract_train_state, train_state_shardings
+from pgpo_jax.step import make_train_step
 
 PATH = pathlib.Path(__file__).parent.parent / "configs" / "sciknoweval_qwen3_8b.yaml"
 QWEN3_8B = {  # config.json of Qwen/Qwen3-8B, where it matters

@@ -92,6 +92,42 @@ def read_samples(run: RunLog, take: Callable[[int, dict[str, Any]], Any]) -> lis
     return [take(*numbered) for numbered in enumerate(_rows(run.samples_path, run.notes))]
 
 
+def read_multipliers(path: str | None) -> list[float]:
+    """The multipliers of a run's updates: a `metrics.jsonl`, or a JSON list of numbers; none of
+    None.
+
+    Skipped updates of a run are left out: they changed nothing, and the optimizer did not count
+    them.
+
+    Raises:
+      InputError: The file cannot be read, or what it holds are no multipliers.
+    """
+    if path is None:
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        if path.endswith(".jsonl"):
+            rows = [json.loads(line) for line in text.splitlines()]
+            found = [row["multiplier"] for row in rows if row.get("skipped") == 0]
+        else:
+            found = json.loads(text)
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise InputError(
+            f"optimizer.replay: {path} cannot be read ({type(error).__name__}: {error}); give the "
+            "metrics.jsonl of a run, or a JSON list of numbers"
+        ) from error
+    good = isinstance(found, list) and all(
+        type(value) in (int, float) and 0 <= value < math.inf for value in found
+    )
+    if not good or not found:
+        raise InputError(
+            f"optimizer.replay: {path} holds no multipliers; must be numbers, at least one, none "
+            "of them negative"
+        )
+    return [float(value) for value in found]
+
+
 def experiments(runs: Sequence[RunLog]) -> list[Experiment]:
     """Puts runs together whose configurations are equal but for seed, folder and machine."""
     found: list[list[RunLog]] = []

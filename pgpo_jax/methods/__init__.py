@@ -1,5 +1,6 @@
 """Rivals and controls: objectives, advantages and multipliers beside the paper's."""
 
+from pgpo_jax.methods.multipliers import scale_by_relative_information, scale_by_sequence
 from pgpo_jax.methods.objective import (
     SDPO,
     Judged,
@@ -25,5 +26,7 @@ __all__ = [
     "policy_terms",
     "question_weights",
     "route",
+    "scale_by_relative_information",
+    "scale_by_sequence",
     "token_weights",
 ]

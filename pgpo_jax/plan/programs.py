@@ -17,10 +17,12 @@ from pgpo_jax import hf, sampler, sharding
 from pgpo_jax.config import Config
 from pgpo_jax.data import Batch, Evidence
 from pgpo_jax.errors import InputError
+from pgpo_jax.logs import read_multipliers
 from pgpo_jax.methods import Judged
 from pgpo_jax.models import ModelConfig, decoder
 from pgpo_jax.optimizer import make_optimizer
-from pgpo_jax.step import abstract_train_state, make_train_step, train_state_shardings
+from pgpo_jax.state import abstract_train_state, train_state_shardings
+from pgpo_jax.step import make_train_step
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -174,7 +176,7 @@ def lower_train_step(setup: Setup, alpha: float | None = None) -> jax.stages.Low
     chosen = config.optimizer
     if alpha is not None:
         chosen = dataclasses.replace(chosen, alpha=alpha)
-    optimizer = make_optimizer(chosen)
+    optimizer = make_optimizer(chosen, read_multipliers(chosen.replay))
     train_step: Any = make_train_step(
         _graphdef(setup),
         optimizer,
@@ -211,7 +213,9 @@ def shard_bytes(tree: Any) -> int:
 
 def state_bytes(setup: Setup) -> dict[str, int]:
     """Per device: student, its gradients, optimizer and teacher."""
-    state = abstract_train_state(abstract_params(setup), make_optimizer(setup.config.optimizer))
+    chosen = setup.config.optimizer
+    optimizer = make_optimizer(chosen, read_multipliers(chosen.replay))
+    state = abstract_train_state(abstract_params(setup), optimizer)
     return {
         "parameters": shard_bytes(state.student),
         "optimizer": shard_bytes(state.opt_state),

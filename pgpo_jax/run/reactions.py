@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pgpo_jax.config import Config
-from pgpo_jax.step import TrainState
+from pgpo_jax.state import TrainState
 
 
 def _change(section: str, **fields: Any) -> Callable[[Config], Config]:
