@@ -79,8 +79,8 @@ def read_runs(folders: Sequence[str]) -> list[RunLog]:
     return [_read(*both) for both in zip(paths, _names(resolved), strict=True)]
 
 
-def read_samples(run: RunLog, take: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
-    """What `take` makes of every sample (its number from 0, its record); none without the file.
+def read_samples(run: RunLog, take: Callable[[dict[str, Any]], Any]) -> list[Any]:
+    """What `take` makes of every sample's record, in order; none without the file.
 
     Records may be large, so `take` says what is kept. A torn last line is noted in the run.
 
@@ -89,7 +89,7 @@ def read_samples(run: RunLog, take: Callable[[int, dict[str, Any]], Any]) -> lis
     """
     if not run.samples_path.exists():
         return []
-    return [take(*numbered) for numbered in enumerate(_rows(run.samples_path, run.notes))]
+    return [take(record) for record in _rows(run.samples_path, run.notes)]
 
 
 def read_multipliers(path: str | None) -> list[float]:

@@ -1,5 +1,6 @@
 """One page about one or several runs."""
 
-from pgpo_jax.report.page import SHOWN, main, report, text
+from pgpo_jax.report.page import main, report
+from pgpo_jax.report.samples import SHOWN
 
-__all__ = ["SHOWN", "main", "report", "text"]
+__all__ = ["SHOWN", "main", "report"]

@@ -1,4 +1,4 @@
-"""A run's curves as SVG to stand in an HTML page: a table of panels, and how one is drawn.
+"""Learning curves as SVG to stand in an HTML page: a table of panels, and how one is drawn.
 
 No text of a user's or a model's goes into an SVG: labels and legends are the page's. Colours are
 the page's too (its variables), so that a picture follows its light or dark mode.
@@ -110,11 +110,12 @@ SECTIONS: dict[str, list[Panel]] = {
         ),
     ],
 }
+EVERYTHING_ELSE = "Everything else"
 AGAINST = "Multiplier against information"
 BESIDE_THE_VALUE = re.compile(r".*/(low|high)$")
 
 
-def sections(groups: Sequence[Experiment]) -> dict[str, list[Picture]]:
+def sections(experiments: Sequence[Experiment]) -> dict[str, list[Picture]]:
     """All pictures by section; a panel that no run has values for is left out.
 
     Raises:
@@ -123,33 +124,32 @@ def sections(groups: Sequence[Experiment]) -> dict[str, list[Picture]]:
     matplotlib = _matplotlib()
     with matplotlib.rc_context(_RC):
         drawn = {
-            title: [picture for panel in panels if (picture := _curves(groups, panel))]
+            title: [picture for panel in panels if (picture := _curves(experiments, panel))]
             for title, panels in SECTIONS.items()
         }
-        drawn["Information and multiplier"] += _against(groups)
+        drawn["Information and multiplier"] += _against(experiments)
         known = [name for panels in SECTIONS.values() for panel in panels for name in panel.metrics]
-        rest = {name for group in groups for run in group.runs for name in run.metrics}
-        drawn["Everything else"] = [
+        rest = {name for each in experiments for run in each.runs for name in run.metrics}
+        drawn[EVERYTHING_ELSE] = [
             picture
             for name in sorted(rest)
             if not any(re.fullmatch(pattern, name) for pattern in known)
             and not BESIDE_THE_VALUE.match(name)
-            and (picture := _curves(groups, Panel(name, {re.escape(name): name})))
+            and (picture := _curves(experiments, Panel(name, {re.escape(name): name})))
         ]
     return {title: pictures for title, pictures in drawn.items() if pictures}
 
 
-def reading(groups: Sequence[Experiment]) -> str:
+def reading(experiments: Sequence[Experiment]) -> str:
     """How the curves are to be read, in a sentence or two."""
     said = []
-    if any(len(group.runs) > 1 for group in groups):
+    if any(len(experiment.runs) > 1 for experiment in experiments):
         said.append("Runs that differ only in the seed: the mean, each seed thin, and a band from ")
         said[-1] += "the lowest to the highest seed."
-    if any(len(group.runs) == 1 for group in groups):
+    if any(len(experiment.runs) == 1 for experiment in experiments):
         said.append("A single run's accuracy has the evaluation's 95 % interval as its band.")
-    window = max(
-        _window(run.metrics[n]) for group in groups for run in group.runs for n in run.metrics
-    )
+    runs = [run for experiment in experiments for run in experiment.runs]
+    window = max(_window(series) for run in runs for series in run.metrics.values())
     if window > 1:
         said.append(
             f"Curves with many values are smoothed over a twentieth of them (at most {window})."
@@ -165,24 +165,26 @@ def find(run: RunLog, pattern: str) -> tuple[str, Series] | None:
     return None
 
 
-def variable(index: int) -> str:
-    """The CSS colour of the group `index`."""
+def css_colour(index: int) -> str:
+    """The CSS colour of the experiment `index`."""
     return f"var(--c{index})" if index < len(PALETTE) else _stand_in(index)
 
 
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def _curves(groups: Sequence[Experiment], panel: Panel) -> Picture | None:
-    """Every metric of every group over the steps."""
+def _curves(experiments: Sequence[Experiment], panel: Panel) -> Picture | None:
+    """Every metric of every experiment over the steps."""
     fits = {
         (row, metric): [
-            found for run in group.runs if (found := find(run, metric)) and _fits(found[1], panel)
+            found
+            for run in experiment.runs
+            if (found := find(run, metric)) and _fits(found[1], panel)
         ]
-        for row, group in enumerate(groups)
+        for row, experiment in enumerate(experiments)
         for metric in panel.metrics
     }
-    present = [m for m in panel.metrics if any(fits[row, m] for row in range(len(groups)))]
+    present = [m for m in panel.metrics if any(fits[row, m] for row in range(len(experiments)))]
     if not present:
         return None
     from matplotlib.ticker import MaxNLocator, NullFormatter
@@ -190,12 +192,12 @@ def _curves(groups: Sequence[Experiment], panel: Panel) -> Picture | None:
     figure, axes = _axes()
     if panel.mark is not None:
         axes.axhline(panel.mark, color=_LINE, linewidth=1, zorder=1)
-    for row in range(len(groups)):
+    for row in range(len(experiments)):
         for metric in present:
             style = STYLES[list(panel.metrics).index(metric)]
             found = fits[row, metric]
             if len(found) == 1:
-                _one(axes, found[0], groups[row], _stand_in(row), style)
+                _one(axes, found[0], experiments[row], _stand_in(row), style)
             elif found:
                 _several(axes, [series for _, series in found], _stand_in(row), style)
     axes.set_xlabel("step")
@@ -217,10 +219,12 @@ def _fits(series: Series, panel: Panel) -> bool:
     return panel.form != "log" or bool((series.values > 0).any())
 
 
-def _one(axes: Any, found: tuple[str, Series], group: Experiment, colour: str, style: str) -> None:
+def _one(
+    axes: Any, found: tuple[str, Series], experiment: Experiment, colour: str, style: str
+) -> None:
     """A single run: its values, smoothed where there are many; its interval where it has one."""
     name, series = found
-    (run,) = [run for run in group.runs if run.metrics.get(name) is series]
+    (run,) = [run for run in experiment.runs if run.metrics.get(name) is series]
     low, high = run.metrics.get(f"{name}/low"), run.metrics.get(f"{name}/high")
     if low and high and np.array_equal(low.steps, high.steps):
         axes.fill_between(low.steps, low.values, high.values, color=colour, alpha=0.18, linewidth=0)
@@ -253,9 +257,13 @@ def _over_runs(all_series: Sequence[Series]) -> tuple[np.ndarray, ...]:
     return steps[enough], np.nanmean(table, 0), np.nanmin(table, 0), np.nanmax(table, 0)
 
 
-def _against(groups: Sequence[Experiment]) -> list[Picture]:
+def _against(experiments: Sequence[Experiment]) -> list[Picture]:
     """Multiplier against information: a point a step, later ones stronger; the rule as a line."""
-    points = [(row, run, *_paired(run)) for row, group in enumerate(groups) for run in group.runs]
+    points = [
+        (row, run, *_paired(run))
+        for row, experiment in enumerate(experiments)
+        for run in experiment.runs
+    ]
     points = [point for point in points if len(point[2])]
     if not points:
         return []
@@ -381,14 +389,14 @@ def _svg(figure: Any) -> str:
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referred else "", svg)
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>f{zlib.crc32(svg.encode()):x}-", svg)
     colours = {_INK: "currentColor", _LINE: "var(--line)"}
-    colours |= {colour: variable(index) for index, colour in enumerate(PALETTE)}
+    colours |= {colour: css_colour(index) for index, colour in enumerate(PALETTE)}
     for colour, name in colours.items():
         svg = svg.replace(colour, name)
     return svg.replace("<svg", '<svg role="img"', 1)
 
 
 def _stand_in(index: int) -> str:
-    """The colour of group `index` in matplotlib."""
+    """The colour of experiment `index` in matplotlib."""
     if index < len(PALETTE):
         return PALETTE[index]
     # The golden angle keeps neighbours apart.

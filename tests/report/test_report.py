@@ -1,5 +1,7 @@
 """The page about runs: what it holds, what it must not do, what it refuses."""
 
+import base64
+import hashlib
 import html
 import importlib.resources
 import json
@@ -19,8 +21,9 @@ from hypothesis import strategies as st
 from refusal import table
 
 from pgpo_jax import config, report
+from pgpo_jax.errors import printable
 from pgpo_jax.logs import MetricsConfig, Writer, reader
-from pgpo_jax.report import figures, page
+from pgpo_jax.report import figures, page, samples
 
 pytest.importorskip("matplotlib", reason="the extra `report` is absent")
 
@@ -69,7 +72,11 @@ def write(tmp_path):
 
 def table_of(*folders, most=1000):
     """The samples as the page gets them, and what it says of them."""
-    return page._samples(reader.read_runs(folders), most)
+    return samples.sample_table(reader.read_runs(folders), most)
+
+
+def template(name):
+    return (importlib.resources.files("pgpo_jax.report") / "templates" / name).read_text("utf-8")
 
 
 class Page(HTMLParser):
@@ -255,7 +262,7 @@ def test_any_values_can_be_drawn(write, values):
 
 
 def test_more_groups_than_colours_are_told_apart():
-    assert len({figures.variable(index) for index in range(30)}) == 30
+    assert len({figures.css_colour(index) for index in range(30)}) == 30
 
 
 def test_the_page_is_the_same_each_time(write):
@@ -287,8 +294,7 @@ def test_what_a_model_wrote_stays_text(write):
     assert "<b>run" in seen.text
     assert "task.subset <i> null" in seen.text
     assert ATTACK not in page
-    template = importlib.resources.files("pgpo_jax").joinpath("report.html").read_text("utf-8")
-    assert seen.scripts[1] in template  # no part of it was filled in
+    assert seen.scripts[1] == "\n" + template("samples.js")  # no part of it was filled in
 
 
 def test_nothing_on_the_page_asks_for_a_network_or_runs_by_itself(write):
@@ -334,12 +340,26 @@ def test_what_is_no_visible_character_is_written_out(write, response, shown):
 
 @given(st.text(st.characters(), max_size=40))
 def test_any_text_comes_through_both_ways_of_escaping(text):
-    encoded = page._json([text])
+    render = page._environment().from_string("{{ text }}\n{{ [text] | tojson }}").render
+    escaped, encoded = render(text=text).rsplit("\n", 1)
     assert encoded.isascii() and not set("<>&") & set(encoded)
     assert json.loads(encoded) == [text]
-    escaped = report.text(text)
     assert not set("<>\"'") & set(escaped)
-    assert html.unescape(escaped) == page._visible(text).replace("\r", "\n") or "\r" in text
+    assert html.unescape(escaped) == printable(text)
+
+
+def test_only_figures_and_the_pages_own_files_are_markup():
+    safe = re.findall(r"{{ ([^}]*?) \| safe }}", template("page.html"))
+    assert sorted(safe) == ["picture.svg", "script", "style"]
+    assert template("page.html").count("| safe") == 3
+    assert page._environment().autoescape is True
+
+
+def test_the_page_allows_the_script_that_stands_on_it_and_no_other(write):
+    seen = Page(report.report([write()]))
+    digest = base64.b64encode(hashlib.sha256(seen.scripts[1].encode()).digest()).decode()
+    (policy,) = (a["content"] for _, a in seen.elements if "http-equiv" in a)
+    assert f"script-src 'sha256-{digest}'" in policy
 
 
 def test_a_huge_response_is_cut_and_what_was_left_out_is_counted(write):
@@ -476,9 +496,9 @@ def test_the_command_writes_the_page_and_says_where(write, tmp_path, capsys):
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
 
 
-def test_the_template_is_installed_with_the_package():
+def test_the_templates_are_installed_with_the_package():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["package-data"]["pgpo_jax.report"] == ["report.html"]
+    assert project["tool"]["setuptools"]["package-data"]["pgpo_jax.report"] == ["templates/*"]
 
 
 # ---- in a browser --------------------------------------------------------------------------------
