@@ -59,7 +59,7 @@ def test_no_text_breaks_a_check(count):
                 assert outcome.reward in (0.0, 1.0)
                 assert not (outcome.failed and outcome.reward)
                 assert not (outcome.feedback and outcome.reward)
-        assert verifiers.given_answer(response) in response
+        assert tasks.given_answer(response) in response
         verifiers.tool_calls(answer)
 
     holds()

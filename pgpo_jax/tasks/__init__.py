@@ -1,15 +1,8 @@
 """Questions and their verification; knows no arrays of JAX."""
 
+from pgpo_jax.tasks.answers import Outcome, given_answer, last_boxed
 from pgpo_jax.tasks.task import TASKS, Question, Task, TaskConfig, load
-from pgpo_jax.tasks.verifiers import (
-    Outcome,
-    exact,
-    given_answer,
-    last_boxed,
-    multiple_choice,
-    numeric,
-    tool_use,
-)
+from pgpo_jax.tasks.verifiers import exact, multiple_choice, numeric, tool_use
 
 __all__ = [
     "TASKS",

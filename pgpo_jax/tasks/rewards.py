@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.tasks.verifiers import Outcome
+from pgpo_jax.tasks.answers import Outcome
 
 RULE = "must return one number in [0, 1] a completion, or (number, feedback), or a dict of both"
 ROUNDING = 1e-6

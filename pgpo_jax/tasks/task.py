@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,8 +18,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from pgpo_jax.errors import InputError, require
-from pgpo_jax.tasks import addition, rewards, rows, verifiers
-from pgpo_jax.tasks.verifiers import Outcome
+from pgpo_jax.tasks import addition, mathematics, rewards, rows
+from pgpo_jax.tasks.answers import Outcome
+from pgpo_jax.tasks.verifiers import VERIFIERS
 
 Domain = Literal["biology", "chemistry", "materials", "physics"]
 MOST_SECONDS = 24 * 3600
@@ -136,7 +138,10 @@ class TaskConfig:
             self,
             name=(self.name in TASKS, f"one of {', '.join(TASKS)}"),
             domain=(self.domain in rows.SCIKNOWEVAL_SIZES, "a domain of SciKnowEval"),
-            verifier=(self.verifier in (None, *WORKED), f"null or one of {', '.join(WORKED)}"),
+            verifier=(
+                self.verifier in (None, *VERIFIERS),
+                f"null or one of {', '.join(VERIFIERS)}",
+            ),
             time_limit=(0 < self.time_limit < MOST_SECONDS, "positive (seconds), a day at most"),
             reward_limit=(
                 0 < self.reward_limit < MOST_SECONDS,
@@ -271,41 +276,29 @@ def _verify(config: TaskConfig, name: str | None) -> Verify:
     assert name is not None
     check = _check(config, name)
 
+    def judge(question: Question, response: str) -> Outcome:
+        outcome = check(response, question.answer)
+        feedback = question.columns.get("feedback")
+        return outcome._replace(feedback=feedback) if feedback and outcome.reward < 1 else outcome
+
     def verify(questions: Sequence[Question], responses: Sequence[str]) -> list[Outcome]:
-        outcomes = []
-        for question, response in zip(questions, responses, strict=True):
-            outcome = check(response, question.answer)
-            feedback = question.columns.get("feedback")
-            if feedback and outcome.reward < 1:
-                outcome = outcome._replace(feedback=feedback)
-            outcomes.append(outcome)
-        return outcomes
+        if len(questions) != len(responses):
+            raise ValueError(f"{len(questions)} questions and {len(responses)} responses")
+        if name != "math":
+            return list(map(judge, questions, responses))
+        with ThreadPoolExecutor(mathematics.PROCESSES) as threads:
+            return list(threads.map(judge, questions, responses))
 
     return verify
 
 
 def _check(config: TaskConfig, name: str) -> Check:
     """A check by name."""
+    check = VERIFIERS[name].check
     if name == "math":
-        verifiers.require_math_verify()
-    checks: dict[str, Check] = {
-        "multiple_choice": partial(verifiers.multiple_choice, require_tags=config.require_tags),
-        "math": partial(verifiers.math, time_limit=config.time_limit),
-        "exact": partial(verifiers.exact, require_tags=config.require_tags),
-        "numeric": partial(verifiers.numeric, require_tags=config.require_tags),
-        "tool_use": verifiers.tool_use,
-    }
-    return checks[name]
-
-
-WORKED: dict[str, Callable[[str], str]] = {
-    "multiple_choice": lambda answer: f"<answer>\n{answer}\n</answer>",
-    "math": lambda answer: answer if verifiers.last_boxed(answer) else f"\\boxed{{{answer}}}",
-    "exact": lambda answer: f"<answer>\n{answer}\n</answer>",
-    "numeric": lambda answer: f"<answer>\n{answer}\n</answer>",
-    "tool_use": verifiers.tool_calls,
-}
-"""The shortest right response that each check accepts, for rows without a `solution`."""
+        mathematics.require_math_verify()
+        return partial(check, time_limit=config.time_limit)
+    return check if name == "tool_use" else partial(check, require_tags=config.require_tags)
 
 
 # --- SciKnowEval ---------------------------------------------------------------------------
@@ -348,7 +341,7 @@ def load_sciknoweval(config: TaskConfig) -> Task:
         return _question(where, record, key)
 
     def worked(question: Question) -> str:
-        return WORKED["multiple_choice"](question.answer)
+        return VERIFIERS["multiple_choice"].worked(question.answer)
 
     questions = [question(*row) for row in train[: config.train_questions]]
     return Task(
@@ -394,22 +387,30 @@ def _question(where: str, row: dict[str, Any], key: str) -> Question:
     )
 
 
-def _check_answer(where: str, row: dict[str, Any], verifier: str, check: Check) -> None:
-    """Raises where no response could be right: a night of rewards of 0 has an earlier sign."""
+def _gold(where: str, row: dict[str, Any], verifier: str, check: Check) -> str:
+    """The answer that the check compares with.
+
+    Raises:
+        InputError: where no response could be right: a night of rewards of 0 has an earlier sign.
+    """
     answer = rows.column(row, "answer", where)
-    text = isinstance(answer, str)
-    if verifier != "tool_use" and not text and type(answer) not in (int, float):
+    if verifier != "tool_use" and type(answer) not in (str, int, float):
         raise InputError(
             f"task.path: {where}: got the answer {str(answer)[:80]}, a {type(answer).__name__}; "
             "must be a string or a number"
         )
-    answer = answer if text else json.dumps(answer, default=str)
+    answer = answer if isinstance(answer, str) else json.dumps(answer, default=str)
     rows.check_text("answer", answer, where)
-    if not answer.strip() or check(WORKED[verifier](answer), answer).reward != 1:
+    try:
+        gold = VERIFIERS[verifier].read_gold(answer, row)
+        if check(VERIFIERS[verifier].worked(gold), gold).reward != 1:
+            raise ValueError("a text that no response can give")
+    except ValueError as error:
         raise InputError(
-            f"task.path: {where}: got the answer {answer[:80]!r}, which no response can match by "
-            f"task.verifier = {verifier}; correct the row or choose another verifier"
-        )
+            f"task.path: {where}: got the answer {answer[:80]!r}, {error}, which no response can "
+            f"match by task.verifier = {verifier}; correct the row or choose another verifier"
+        ) from error
+    return gold
 
 
 def _dataset_rows(config: TaskConfig) -> tuple[rows.Rows, rows.Rows]:
@@ -450,12 +451,15 @@ def load_dataset(config: TaskConfig) -> Task:
     worked response, for the warm start and the pre-flight check).
     """
     train, test = _dataset_rows(config)
-    if config.verifier is not None:
-        check = _check(config, config.verifier)
-        for where, row in (*train, *test):
-            _check_answer(where, row, config.verifier, check)
+    check = None if config.verifier is None else _check(config, config.verifier)
+
+    def question(where: str, row: dict[str, Any], part: str) -> Question:
+        gold = _gold(where, row, str(config.verifier), check) if check else None
+        asked = _question(where, row, f"{part}/{where}")
+        return asked if gold is None else replace(asked, answer=gold)
+
     questions = [
-        [_question(where, row, f"{part}/{where}") for where, row in found]
+        [question(where, row, part) for where, row in found]
         for part, found in (("train", train), ("test", test))
     ]
     solved = [question for question in questions[0] if question.columns.get("solution")]
@@ -473,7 +477,11 @@ def load_dataset(config: TaskConfig) -> Task:
 
     def worked(question: Question) -> str:
         solution = question.columns.get("solution")
-        return str(solution) if solution else WORKED[config.verifier or "exact"](question.answer)
+        return (
+            str(solution)
+            if solution
+            else VERIFIERS[config.verifier or "exact"].worked(question.answer)
+        )
 
     return Task(
         name=str(config.path),

@@ -1,264 +1,258 @@
 """Pure text checks: multiple choice, boxed mathematics, exact, numeric, tool use.
 
-A check is a function ``(response, answer) -> Outcome``. It never raises, whatever the response; a
-time-out or an expression that cannot be parsed is a reward of 0 with ``failed`` set. Feedback is
-made of fixed sentences, so that it cannot carry the right answer to the teacher.
+A check is a function `(response, answer) -> Outcome`. It never raises, whatever the response; a
+time-out or an expression that cannot be parsed is a reward of 0 with `failed` set. Feedback is made
+of fixed sentences that say what to do differently, so that it cannot carry the right answer to the
+teacher; that an answer is wrong is no feedback.
+
+Golds and responses have the same readers. At the start of a run every gold goes through
+:attr:`Verifier.read_gold`, which gives what the check compares with or says why it cannot.
 """
 
 from __future__ import annotations
 
-import atexit
-import importlib
-import importlib.util
 import json
-import math as _math
-import os
 import re
-import select
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
+import unicodedata
+from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any, NamedTuple
 
-from pgpo_jax.errors import InputError
-
-WRONG = "The final answer is not correct."
-NO_TAGS = "The response does not give its answer between <answer> and </answer>."
-
-
-class Outcome(NamedTuple):
-    """What a verifier says about one response."""
-
-    reward: float
-    """In [0, 1]."""
-    feedback: str = ""
-    """What the teacher may be told; empty if there is nothing to say. Never the right answer."""
-    well_formed: bool = True
-    """Whether the response has the requested format, right or wrong."""
-    failed: bool = False
-    """The check itself failed (time-out, nothing to parse): reward 0, and counted."""
+from pgpo_jax.tasks import mathematics, quantities
+from pgpo_jax.tasks.answers import NO_TAGS, Outcome, gold_text, last_boxed, tagged_answer
+from pgpo_jax.tasks.mathematics import math
 
 
-def tagged_answer(response: str) -> tuple[str, bool]:
-    """The text after the last ``<answer>``, up to the next ``</answer>``, stripped.
+class Verifier(NamedTuple):
+    """How one kind of answer is read, checked and written."""
 
-    Returns:
-        That text (of the whole response if there is no ``<answer>``) and whether both tags stand.
+    check: Callable[..., Outcome]
+    """(response, answer) -> outcome; takes the options of the config that it names."""
+    read_gold: Callable[[str, Mapping[str, Any]], str]
+    """(the column `answer` as text, the row) -> the answer that the check compares with.
+
+    Raises ValueError, which says why no response could match (a phrase such as `a ratio`).
     """
-    _, opening, rest = response.rpartition("<answer>")
-    text, closing, _ = rest.partition("</answer>")
-    return text.strip(), bool(opening and closing)
+    worked: Callable[[str], str]
+    """The shortest right response to an answer that `read_gold` gave."""
+
+
+# --- exact text -----------------------------------------------------------------------------------
+
+_INVISIBLE = "\ufeff\u200b\u200e\u200f\u2060"
+
+
+def _canonical(text: str) -> str:
+    """Canonically equal Unicode and line ends as one; nothing around it that cannot be seen.
+
+    Compatible characters stay different (`x²` is not `x2`), and so do case and inner white space.
+    """
+    lines = unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
+    stripped = ""
+    while stripped != lines:
+        stripped, lines = lines, lines.strip().strip(_INVISIBLE)
+    return lines
+
+
+def exact(response: str, answer: str, *, require_tags: bool = False) -> Outcome:
+    """1 if the answer given (the whole response, if there are no tags) is the answer's text.
+
+    Canonically equal texts are equal (Unicode NFC); case and inner white space count.
+    """
+    text, tagged = tagged_answer(response)
+    if require_tags and not tagged:
+        return Outcome(0.0, NO_TAGS, well_formed=False)
+    text = _canonical(text)
+    return Outcome(float(text == _canonical(answer)), well_formed=bool(text))
+
+
+def _exact_gold(answer: str, row: Mapping[str, Any]) -> str:
+    if not _canonical(answer):
+        raise ValueError("an empty answer")
+    return answer
+
+
+# --- multiple choice ------------------------------------------------------------------------------
+
+_DECORATION = re.compile(r"\\(?:text|math|boxed)[a-z]*\s*\{([^{}]*)\}|[$*`]")
+_LEAD = r"(?:(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?\s*:?\s+)?"
+_LETTER = re.compile(
+    # `A. Einstein` may be an option's text; `A) Einstein` and `A: Einstein` are a letter and text.
+    rf"{_LEAD}[(\[{{]?\s*([a-z])\s*(?:[)\]}}.:]*|[)\]:]\s*\S.*)",
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def _letter(text: str) -> str | None:
+    r"""The letter that a text gives: `B`, `(B)`, `B.`, `\text{B}`, `B: text`, `b` up to `j`."""
+    plain = unicodedata.normalize("NFKC", _canonical(text))
+    match = _LETTER.fullmatch(_DECORATION.sub(r"\1", plain).strip())
+    return None if match is None or match[1] in "klmnopqrstuvwxyz" else match[1]
+
+
+def _options(row: Mapping[str, Any]) -> dict[str, str] | None:
+    """The options in a row's column `choices` or `options`, by label; None if there is none."""
+    column = next((row[name] for name in ("choices", "options") if row.get(name)), None)
+    if isinstance(column, Mapping):
+        pairs = column.items()
+        if isinstance(column.get("text"), list) and isinstance(column.get("label"), list):
+            pairs = zip(column["label"], column["text"], strict=False)
+    elif isinstance(column, list):
+        pairs = zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", column, strict=False)
+    else:
+        return None
+    return {str(label): _canonical(str(text)) for label, text in pairs}
 
 
 def multiple_choice(response: str, answer: str, *, require_tags: bool = False) -> Outcome:
     """1 if the answer given is the letter; no feedback, as in SDPO (arXiv 2601.20802).
 
     Args:
-        response: the student's text.
-        answer: the letter.
+        response: the student's text. Its answer is the letter alone (a letter of full width is that
+            letter), or the text of `answer` as it stands.
+        answer: the letter, also in brackets or with a point. To a small one the large one is right.
         require_tags: refuse a bare letter, which the reference accepts.
     """
     text, tagged = tagged_answer(response)
-    well_formed = tagged and len(text) == 1 and "A" <= text <= "Z"
-    right = text == answer.strip() and (tagged or not require_tags)
-    return Outcome(float(right), well_formed=well_formed)
+    given = unicodedata.normalize("NFKC", _canonical(text))
+    well_formed = tagged and len(given) == 1 and "A" <= given <= "Z"
+    letter = _letter(answer)
+    same = _canonical(text) == _canonical(answer) if letter is None or text else False
+    right = same or (letter is not None and given in (letter, letter.upper()))
+    return Outcome(float(right and (tagged or not require_tags)), well_formed=well_formed)
 
 
-def exact(response: str, answer: str, *, require_tags: bool = False) -> Outcome:
-    """1 if the answer given (the whole response, if there are no tags) is the answer's text."""
-    text, tagged = tagged_answer(response)
-    if require_tags and not tagged:
-        return Outcome(0.0, NO_TAGS, well_formed=False)
-    right = text == answer.strip()
-    return Outcome(float(right), "" if right else WRONG, well_formed=bool(text))
+def _choice_gold(answer: str, row: Mapping[str, Any]) -> str:
+    letter, options = _letter(answer), _options(row)
+    if options is None:
+        if letter is None:
+            raise ValueError(
+                "no letter (an option's text needs the options in a column `choices`; a number "
+                "may count from 0 or from 1)"
+            )
+        return answer
+    labels = [label for label, text in options.items() if text == _canonical(answer)]
+    if isinstance(row.get("answer"), int):
+        raise ValueError("a number, which may count options from 0 or from 1, or be one's text")
+    named = {answer.strip(), letter, letter and letter.upper()} & options.keys()
+    if len(named | set(labels)) > 1:
+        raise ValueError("the letter of one option and the text of another, or of several")
+    if named:
+        return answer
+    if not labels:
+        raise ValueError(f"neither one of {', '.join(options)} nor the text of an option")
+    return labels[0]
 
 
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-_NUMBER = rf"(?:(?<![0-9.])[-+])?(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-_QUOTIENT = re.compile(rf"({_NUMBER})(?:\s*/\s*({_NUMBER}))?")
+# --- one number -----------------------------------------------------------------------------------
+
+NOT_ONE_NUMBER = "The response does not give its answer as one number."
+_ANCHOR = re.compile(
+    r"[=≈→]|(?<![0-9\s]):\s|\b(?:is|are|was|were|be|equals|gets?|gives?|makes?|has|have|costs?)\b"
+)
 
 
-def _number(text: str) -> tuple[str, float] | None:
-    """The last number in a text (as written and its value), a quotient such as 3/4 included."""
-    boxed = last_boxed(text)
-    found = _QUOTIENT.findall((text if boxed is None else boxed).replace("\u2212", "-"))
-    if not found:
-        return None
-    above, below = (part.replace(",", "") for part in found[-1])
-    value = float(above)
-    if below:
-        divisor = float(below)
-        value = value / divisor if divisor else _math.inf
-    return (f"{above}/{below}" if below else above), value
+def _last_statement(response: str) -> quantities.Quantity:
+    """The number of the last sentence that has one, of all of it or after its last verb."""
+    _, mark, marked = response.rpartition("####")
+    if mark:
+        return quantities.read(marked.strip().partition("\n")[0])
+    sentences = re.split(r"\n+|(?<=[.!?;])\s+", response)
+    for sentence in reversed(sentences[-100:]):
+        try:
+            return quantities.read(sentence)
+        except quantities.NoNumber:
+            if re.search(r"[=\\]|\banswer\b", sentence):
+                raise
+        except quantities.Unreadable:
+            anchors = [match.end() for match in _ANCHOR.finditer(sentence)]
+            if not anchors:
+                raise
+            return quantities.read(sentence[anchors[-1] :])
+    raise quantities.NoNumber("no number")
 
 
 def numeric(
     response: str, answer: str, *, require_tags: bool = False, tolerance: float = 1e-6
 ) -> Outcome:
-    """1 if the last number of the answer given equals the last number of the answer's text.
+    """1 if the number that the response gives equals the answer's.
 
-    Integers must agree in every digit; other numbers to a relative `tolerance`.
+    Both are read by :func:`quantities.read`: the last box, or what stands between the tags, must be
+    one number, with any unit or words. Without either it is the number of the last sentence that
+    has one. Of two known units both must be the same; they are not converted.
+
+    Whole numbers must agree exactly; others to a relative `tolerance`, see
+    :func:`quantities.equal`.
     """
     text, tagged = tagged_answer(response)
     if require_tags and not tagged:
         return Outcome(0.0, NO_TAGS, well_formed=False)
-    given, gold = _number(text), _number(answer)
-    if gold is None:
+    try:
+        gold = quantities.read(gold_text(answer))
+    except ValueError:
         return Outcome(0.0, failed=True)
-    if given is None:
-        return Outcome(0.0, "The response does not give a number.", well_formed=False)
-    texts = [number.lstrip("+").lstrip("0") or "0" for number, _ in (given, gold)]
-    if all(re.fullmatch(r"-?[0-9]+", number) for number in texts):
-        right = texts[0] == texts[1]
-    else:
-        finite = _math.isfinite(given[1]) and _math.isfinite(gold[1])
-        right = finite and _math.isclose(given[1], gold[1], rel_tol=tolerance, abs_tol=1e-12)
-    return Outcome(float(right), "" if right else WRONG)
+    boxed = last_boxed(text)
+    try:
+        if boxed is None and not tagged:
+            given = _last_statement(text)
+        else:
+            given = quantities.read(text.rpartition("####")[2] if boxed is None else boxed)
+    except quantities.Unreadable:
+        return Outcome(0.0, NOT_ONE_NUMBER, well_formed=False)
+    return Outcome(float(quantities.equal(given, gold, tolerance)))
 
 
-def last_boxed(text: str) -> str | None:
-    r"""What the last ``\boxed{...}`` with balanced braces holds; None if there is none."""
-    best: tuple[int, int] | None = None
-    open_braces: list[tuple[int, bool]] = []
-    for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
-        if match[0] == "}":
-            if open_braces:
-                start, boxed = open_braces.pop()
-                if boxed and (best is None or start > best[0]):
-                    best = (start, match.start())
-        elif match[0].endswith("{") and match[0] != "\\{":
-            open_braces.append((match.end(), match[0] != "{"))
-    return None if best is None else text[best[0] : best[1]]
+def _numeric_gold(answer: str, row: Mapping[str, Any]) -> str:
+    text = gold_text(answer)
+    quantities.read(text)
+    return text
 
 
-def given_answer(response: str) -> str:
-    """What a response gives as its answer, whatever the verifier: for majority votes.
-
-    The last box, else the text between the last answer tags, else the whole text.
-    """
-    boxed = last_boxed(response)
-    return (tagged_answer(response)[0] if boxed is None else boxed).strip()
+# --- tools ----------------------------------------------------------------------------------------
 
 
-def math(response: str, answer: str, *, time_limit: float = 5.0) -> Outcome:
-    r"""1 if the last ``\boxed{...}`` equals the answer, literally or by math-verify.
-
-    math-verify runs in a process of its own that is ended after `time_limit` seconds.
-
-    Args:
-        response: the student's text.
-        answer: the expression, bare, between dollars or boxed.
-        time_limit: seconds.
-    """
-    given, gold = last_boxed(response), last_boxed(answer)
-    if given is None:
-        return Outcome(0.0, "The response has no \\boxed{} answer.", well_formed=False)
-    given = given.strip()
-    gold = (answer if gold is None else gold).strip().strip("$").strip()
-    if given == gold:
-        return Outcome(1.0)
-    if not given or len(given) > 2000:  # no answer is that long, and parsing it takes for ever
-        return Outcome(0.0, WRONG, failed=True)
-    verdict = _worker.compare(gold, given, time_limit)
-    if verdict is None:
-        return Outcome(0.0, WRONG, failed=True)
-    return Outcome(float(verdict), "" if verdict else WRONG)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name twice")
+    return dict(pairs)
 
 
-class _MathWorker:
-    """``math_worker.py`` as a persistent process, started when needed, replaced when it ends.
-
-    A plain child process and not multiprocessing: that would import the caller's main script again.
-    """
-
-    START_LIMIT = 120.0  # seconds; importing sympy on a busy machine
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
-        self._works = False  # whether it has ever started
-
-    def compare(self, gold: str, given: str, seconds: float) -> bool | None:
-        """The verdict, or None after a time-out, a crash or an expression that cannot be parsed."""
-        with self._lock:
-            if not self._running() and not self._start():
-                return None
-            assert self._process is not None
-            assert self._process.stdin is not None
-            request = json.dumps([gold, given, seconds]) + "\n"
-            try:
-                self._process.stdin.write(request.encode())
-                answer = self._read(seconds + 2)  # the worker's own limit comes first
-            except OSError:
-                answer = None
-            if answer is None:
-                self.stop()
-                return None
-            return json.loads(answer)
-
-    def _running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def _start(self) -> bool:
-        self.stop()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,  # an interrupt at the console is for the run, not for this
-        )
-        if self._read(self.START_LIMIT) is not None:
-            self._works = True
-            return True
-        self.stop()
-        if not self._works:  # not one response's fault, so not a reward of 0
-            raise RuntimeError("the math-verify process does not start: pgpo_jax/math_worker.py")
-        return False
-
-    def _read(self, seconds: float) -> bytes | None:
-        """One line of the worker's output, or None when time or the worker is over."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        output, line, end = self._process.stdout.fileno(), b"", time.monotonic() + seconds
-        while not line.endswith(b"\n"):
-            ready, _, _ = select.select([output], [], [], max(0.0, end - time.monotonic()))
-            chunk = os.read(output, 4096) if ready else b""
-            if not chunk:
-                return None
-            line += chunk
-        return line
-
-    def stop(self) -> None:
-        """Ends the process, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                if stream is not None:
-                    stream.close()
-            self._process = None
+def _constant(text: str) -> float:
+    raise ValueError(f"{text}, which is no JSON")
 
 
-_worker = _MathWorker()
-atexit.register(_worker.stop)
+def _json(text: str) -> Any:
+    """JSON whose numbers are exact, and equal to another's only if they are the same number."""
+    return json.loads(
+        text, parse_float=Decimal, object_pairs_hook=_object, parse_constant=_constant
+    )
+
+
+def _input(value: Any) -> Any:
+    return _json(value.strip() or "{}") if isinstance(value, str) else value
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Equality of JSON values; for Python true is 1."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return isinstance(first, bool) == isinstance(second, bool) and first == second
 
 
 def tool_use(response: str, answer: str) -> Outcome:
     """1 if the response calls the right tools in order with the right inputs.
 
     Args:
-        response: lines ``Action: NAME`` and ``Action Input: JSON``, alternating.
-        answer: a JSON list of ``{"Action": name, "Action_Input": object or its JSON text}``.
+        response: lines `Action: NAME` and `Action Input: JSON`, alternating.
+        answer: a JSON list of `{"Action": name, "Action_Input": object or its JSON text}`.
 
     The reference prints the gold calls in its feedback; this one only says what is wrong.
     """
     try:
-        gold = [(str(call["Action"]), _input(call["Action_Input"])) for call in json.loads(answer)]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        gold = [(str(call["Action"]), _input(call["Action_Input"])) for call in _json(answer)]
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         return Outcome(0.0, failed=True)
     calls: list[tuple[str, list[str]]] = []
     for line in response.splitlines():
@@ -274,35 +268,49 @@ def tool_use(response: str, answer: str) -> Outcome:
         return Outcome(0.0, form, well_formed=False)
     try:
         given = [(name, _input("\n".join(lines))) for name, lines in calls]
-    except (ValueError, RecursionError):
+    except (ValueError, ArithmeticError, RecursionError):
         return Outcome(0.0, "An action input is not valid JSON.", well_formed=False)
     if len(given) != len(gold):
         return Outcome(0.0, "The number of actions is not right.")
     if [name for name, _ in given] != [name for name, _ in gold]:
         return Outcome(0.0, "An action is not the right one.")
-    right = given == gold
+    right = all(_same(one, other) for (_, one), (_, other) in zip(given, gold, strict=True))
     return Outcome(float(right), "" if right else "An action input is not right.")
 
 
 def tool_calls(answer: str) -> str:
     """The text that makes the calls of an answer of :func:`tool_use`; "" if it is not valid."""
+
+    def written(value: Any) -> str:
+        return (value.strip() or "{}") if isinstance(value, str) else json.dumps(value)
+
     try:
-        calls = json.loads(answer)
         return "\n".join(
-            f"Action: {call['Action']}\nAction Input: {json.dumps(_input(call['Action_Input']))}"
-            for call in calls
+            f"Action: {call['Action']}\nAction Input: {written(call['Action_Input'])}"
+            for call in json.loads(answer)
         )
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         return ""
 
 
-def _input(value: Any) -> Any:
-    return json.loads(value.strip() or "{}") if isinstance(value, str) else value
+def _tool_gold(answer: str, row: Mapping[str, Any]) -> str:
+    if not tool_calls(answer):
+        raise ValueError("no JSON list of objects with `Action` and `Action_Input`")
+    return answer
 
 
-def require_math_verify() -> None:
-    """Raises InputError where the extra is not installed, before a run and not in its middle."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise InputError(
-            "task.verifier: got 'math', which needs math-verify: pip install 'pgpo-jax[math]'"
-        )
+# --- all of them ----------------------------------------------------------------------------------
+
+
+def _tagged(answer: str) -> str:
+    return f"<answer>\n{answer}\n</answer>"
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "multiple_choice": Verifier(multiple_choice, _choice_gold, lambda a: _tagged(_letter(a) or a)),
+    "math": Verifier(math, mathematics.read_gold, lambda a: f"\\boxed{{{a}}}"),
+    "exact": Verifier(exact, _exact_gold, _tagged),
+    "numeric": Verifier(numeric, _numeric_gold, _tagged),
+    "tool_use": Verifier(tool_use, _tool_gold, tool_calls),
+}
+"""By the name that `task.verifier` gives."""
