@@ -23,17 +23,9 @@ def main(argv: Sequence[str]) -> int:
     if os.path.isdir(checkpoint_folder(config)):
         with Checkpoints(checkpoint_folder(config), read_only=True) as checkpoints:
             step, params = checkpoints.restore_student(params)
-    metrics, _ = evaluate(
-        run.graphdef,
-        params,
-        run.task,
-        run.tokenizer,
-        jax.random.split(jax.random.key(config.seed))[1],  # the run's own evaluation key
-        config.evaluation,
-        run.sampling,
-        config.data,
-        run.mesh,
-    )
+    key = jax.random.split(jax.random.key(config.seed))[1]  # the run's own evaluation key
+    threshold = config.reprompt.threshold
+    metrics, _ = evaluate(run.policy, params, run.task, key, config.evaluation, threshold)
     if sharding.is_main():
         print(json.dumps({"step": step, **metrics}))
     return 0

@@ -1,21 +1,18 @@
 """Evaluation: avg@k, pass@k and maj@k on held-out questions."""
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
-from pgpo_jax import data, sharding
-from pgpo_jax.data import DataConfig
+from pgpo_jax import sharding
 from pgpo_jax.errors import InputError, require
-from pgpo_jax.reprompt import RepromptConfig, resolve_templates, teacher_messages
-from pgpo_jax.sampler import SamplingConfig, rollout
+from pgpo_jax.sampler import Conversation, Policy, rollout
 from pgpo_jax.tasks import Outcome, Question, Task, given_answer
 
 
@@ -67,30 +64,24 @@ class Answered(NamedTuple):
 
 
 def evaluate(
-    graphdef: nnx.GraphDef,
+    policy: Policy,
     params: Any,
     task: Task,
-    tokenizer: Any,
     key: jax.Array,
     config: EvaluationConfig,
-    sampling: SamplingConfig,
-    data_config: DataConfig,
-    mesh: Mesh,
+    threshold: float = 0.5,
 ) -> tuple[dict[str, float], Answered]:
     """Answers the held-out questions and scores the answers.
 
     Every host answers its share; the metrics are the same on all, the answers are the host's own.
 
     Args:
-      graphdef: The model.
-      params: Its parameters.
+      policy: As in training; the length limit and the end tokens of its sampling are taken.
+      params: The parameters.
       task: Its `test` questions are asked.
-      tokenizer: The model's tokenizer.
       key: Random key; the same key gives the same answers.
       config: Number of samples, temperature, how many questions.
-      sampling: The training sampler, from which length limit and end tokens are taken.
-      data_config: Prompt limit and chat template options.
-      mesh: Where the parameters live.
+      threshold: Least reward of a success (`reprompt.threshold`).
 
     Returns:
       The metrics of `scores` under the prefix `eval/`, and this host's answers.
@@ -98,18 +89,20 @@ def evaluate(
     Raises:
       InputError: The task has no held-out question.
     """
+    # Training decodes one step's responses at a time; an evaluation takes no more memory than that.
+    at_once = policy.prompts.questions_per_step * policy.sampling.num_samples
     sampling = dataclasses.replace(
-        sampling,
+        policy.sampling,
         num_samples=config.num_samples,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=None,
+        slots=policy.sampling.slots or at_once,
     )
     questions = held_out(task, config)
-    answered = answer(
-        graphdef, params, task, tokenizer, questions, key, config, sampling, data_config, mesh
-    )
-    metrics = scores(answered, len(questions))
+    asked = functools.partial(answer, policy._replace(sampling=sampling), params, task)
+    answered = asked(questions, key, batch=config.questions_per_batch)
+    metrics = scores(answered, len(questions), threshold)
     return {f"eval/{name}": value for name, value in metrics.items()}, answered
 
 
@@ -129,67 +122,43 @@ def held_out(task: Task, config: EvaluationConfig) -> list[Question]:
 
 
 def answer(
-    graphdef: nnx.GraphDef,
+    policy: Policy,
     params: Any,
     task: Task,
-    tokenizer: Any,
     questions: Sequence[Question],
     key: jax.Array,
-    config: EvaluationConfig,
-    sampling: SamplingConfig,
-    data_config: DataConfig,
-    mesh: Mesh,
-    demonstrations: dict[str, str] | None = None,
-    reprompt: RepromptConfig | None = None,
+    show: Callable[[Question], Conversation] = lambda question: question.messages,
+    batch: int = 64,
 ) -> Answered:
-    """This host's share of the questions, answered and verified batch by batch.
+    """This host's share of the questions, answered and verified.
 
-    `demonstrations` (question key -> demonstration) puts the teacher's prompt, made as `reprompt`
-    and the task say, in place of the question's own.
+    Args:
+      policy: How responses are drawn.
+      params: The parameters.
+      task: Verifies the responses.
+      questions: Those of all hosts.
+      key: Random key; consumed.
+      show: What the model is shown of a question; its own conversation by default.
+      batch: Questions answered at a time.
     """
-    reprompt = reprompt or RepromptConfig()
-    limit = "data.max_prompt_length"
-    if demonstrations is not None:
-        data_config = dataclasses.replace(data_config, max_prompt_length=reprompt.max_length)
-        limit = "reprompt.max_length"
-    templates = resolve_templates(reprompt, task.templates)
     mine = list(questions[sharding.host_rows(len(questions))])
-    (rounds,) = sharding.agree_max([-(-len(mine) // config.questions_per_batch)])
+    (rounds,) = sharding.agree_max([-(-len(mine) // batch)])
     texts, lengths = [], []
     for index in range(rounds):
-        batch = mine[index * config.questions_per_batch : (index + 1) * config.questions_per_batch]
-        conversations = [
-            teacher_messages(question.messages, demonstrations[question.key], "", templates)
-            if demonstrations
-            else question.messages
-            for question in batch
-        ]
-        prompts = data.encode(
-            tokenizer,
-            conversations,
-            max_length=data_config.max_prompt_length,
-            template_options=data_config.template_options,
-            names=[question.key for question in batch],
-            field=limit,
-        )
-        # The last batch is filled up with its own prompts, so that its shape is known already.
-        width = min(config.questions_per_batch, len(mine)) or 1
-        filled = [prompts[i % len(prompts)] for i in range(width)] if prompts else []
+        now = mine[index * batch : (index + 1) * batch]
         rollouts = rollout(
-            graphdef,
+            policy,
             params,
-            tokenizer,
-            filled,
+            [show(question) for question in now],
             jax.random.fold_in(key, index),
-            sampling,
-            data_config,
-            mesh,
+            names=[question.key for question in now],
+            rows=min(batch, len(mine)),  # the last batch has the shape of those before it
         )
-        texts += rollouts.texts[: len(batch)]
-        lengths.append(rollouts.response_mask.sum(-1)[: len(batch)])
+        texts += rollouts.texts
+        lengths.append(rollouts.response_mask.sum(-1))
     outcomes = verify(task, mine, texts)
-    samples = sampling.num_samples
-    return Answered(mine, texts, outcomes, np.concatenate([np.zeros((0, samples), int), *lengths]))
+    none = np.zeros((0, policy.sampling.num_samples), int)
+    return Answered(mine, texts, outcomes, np.concatenate([none, *lengths]))
 
 
 def verify(
@@ -201,24 +170,26 @@ def verify(
     return [[next(outcomes) for _ in group] for group in texts]
 
 
-def scores(answered: Answered, questions: int) -> dict[str, float]:
+def scores(answered: Answered, questions: int, threshold: float = 0.5) -> dict[str, float]:
     """avg@k with a 95 % interval clustered by question, pass@k, maj@k, format, response length.
 
     avg@k is the mean over questions of a question's mean reward; the samples of one question are
-    not independent, so the interval comes from the spread between questions. maj@k is the share of
-    questions whose most frequent answer is a success (its reward above one half).
+    not independent, so the interval comes from the spread between questions. pass@k is the share of
+    questions with a success among their answers, maj@k that of questions whose most frequent answer
+    is one.
 
     Args:
       answered: This host's answers.
       questions: Number of questions over all hosts.
+      threshold: Least reward of a success.
     """
     rewards = [[outcome.reward for outcome in group] for group in answered.outcomes]
     per_question = np.array(
         [
             (
                 np.mean(group),
-                np.max(group),
-                _majority(group, [given_answer(text) for text in texts]),
+                np.max(group) >= threshold,
+                _majority(group, [given_answer(text) for text in texts]) >= threshold,
                 np.mean([outcome.well_formed for outcome in outcomes]),
                 np.mean(lengths),
             )
@@ -253,5 +224,6 @@ def question_rewards(answered: Answered, questions: int) -> list[float]:
 
 
 def _majority(rewards: Sequence[float], answers: Sequence[str]) -> float:
+    """The reward of the most frequent answer."""
     winner, _ = Counter(answers).most_common(1)[0]
-    return float(rewards[answers.index(winner)] > 0.5)
+    return rewards[answers.index(winner)]

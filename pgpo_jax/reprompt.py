@@ -5,18 +5,19 @@ and its published code. The references cut over-long teacher prompts silently, o
 instruction and the other the question; here the demonstration gets shorter, and that is counted.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pgpo_jax import data
+from pgpo_jax import data, sharding
+from pgpo_jax.data import Rollouts
 from pgpo_jax.errors import InputError, require
+from pgpo_jax.sampler import Policy
 from pgpo_jax.tasks import Outcome, Question, given_answer
 
 TEMPLATES: Mapping[str, str] = {
@@ -25,6 +26,8 @@ TEMPLATES: Mapping[str, str] = {
     "feedback": "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}",
 }
 """The published templates; a task or the config replaces single ones."""
+
+Build = Callable[[str | None, str], str]
 
 FIELDS = {
     "reprompt": ("{prompt}", "{solution}", "{feedback}"),
@@ -36,7 +39,7 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class RepromptConfig:
-    """How the teacher's prompt is made (config section ``reprompt``)."""
+    """How the teacher's prompt is made (config section `reprompt`)."""
 
     threshold: float = 0.5
     """A response with at least this reward is a success and may be shown to its siblings."""
@@ -91,26 +94,29 @@ class RepromptConfig:
                 )
 
 
-def resolve_templates(
-    config: RepromptConfig, task_templates: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """The `reprompt`, `solution`, `feedback` templates: the config's, else the task's, else SDPO's.
+def with_templates(config: RepromptConfig, task_templates: Mapping[str, str]) -> RepromptConfig:
+    """The config with a task's own templates where it states none."""
+    own = {
+        f"{name}_template": template
+        for name, template in task_templates.items()
+        if getattr(config, f"{name}_template") is None
+    }
+    return dataclasses.replace(config, **own)
 
-    Returns:
-        A dict with exactly these three names.
-    """
-    task_templates = task_templates or {}
-    chosen = {name: getattr(config, f"{name}_template") for name in TEMPLATES}
+
+def resolve_templates(config: RepromptConfig) -> dict[str, str]:
+    """The templates `reprompt`, `solution` and `feedback`: the config's, else SDPO's."""
+    stated = {name: getattr(config, f"{name}_template") for name in TEMPLATES}
     return {
-        name: task_templates.get(name, default) if chosen[name] is None else chosen[name]
+        name: default if stated[name] is None else stated[name]
         for name, default in TEMPLATES.items()
     }
 
 
 def fill(template: str, **values: str) -> str:
-    """Replaces each ``{name}`` of `values` once; braces in the template or the values are text.
+    """Replaces each `{name}` of `values` once; braces in the template or the values are text.
 
-    Not ``str.format``: a response with ``{`` or even ``{demonstration}`` in it must survive.
+    Not `str.format`: a response with `{` or even `{demonstration}` in it must survive.
     """
     if not values:
         return template
@@ -119,7 +125,7 @@ def fill(template: str, **values: str) -> str:
 
 
 def remove_thinking(text: str) -> str:
-    """Removes every closed ``<think>...</think>`` block and the white space after it."""
+    """Removes every closed `<think>...</think>` block and the white space after it."""
     kept, start = [], 0
     # Not a lazy regular expression: many unclosed blocks would make it quadratic.
     while (opening := text.find("<think>", start)) >= 0:
@@ -148,7 +154,7 @@ def teacher_messages(
         messages: the question's conversation; its last message is the question.
         demonstration: a correct response, or None.
         feedback: feedback on the response itself, or "".
-        templates: from :func:`resolve_templates`.
+        templates: from `resolve_templates`.
     """
     messages = [dict(message) for message in messages]
     if demonstration is None and not feedback:
@@ -194,7 +200,7 @@ def choose_demonstrations(
 
     Args:
         keys: the questions' stable names.
-        rewards: ``[question][sample]``.
+        rewards: `[question][sample]`.
         rng: derived from the run's seed and the step; one number is drawn from it.
         config: `threshold` and `demonstration`; the control `none` chooses as `sibling` does.
     """
@@ -224,47 +230,72 @@ def choose_demonstrations(
 
 
 def reprompt(
+    policy: Policy,
     questions: Sequence[Question],
-    rollouts: data.Rollouts,
+    rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
     rng: np.random.Generator,
     config: RepromptConfig,
-    tokenizer: Any,
-    templates: Mapping[str, str] | None = None,
-    *,
-    template_options: Mapping[str, Any] | None = None,
 ) -> data.Contexts:
     """Builds the teacher's prompt of every response.
 
     Args:
-        questions: the batch's questions, ``Q`` of them.
+        policy: tokenizer and chat template options, as for the student's prompts.
+        questions: the batch's questions, `Q` of them.
         rollouts: their responses; `texts` are the possible demonstrations.
-        outcomes: ``[Q][G]``, what the verifier said.
-        rng: derived from the run's seed and the step, for instance
-            ``np.random.default_rng([seed, step])``.
-        config: thresholds, templates, limit, controls.
-        tokenizer: as for the student's prompts.
-        templates: the task's own templates.
-        template_options: options of the chat template, as for the student's prompts.
+        outcomes: `[Q][G]`, what the verifier said.
+        rng: derived from the run's seed and the step.
+        config: thresholds, templates (`with_templates` adds a task's), limit, controls.
 
     Returns:
-        Contexts of ``Q * G`` rows, question-major. A response that got neither demonstration nor
-        feedback has ``has_context`` False and the original prompt.
+        Contexts of `Q * G` rows, question-major, as wide as the widest of all hosts. A response
+        that got neither demonstration nor feedback has `has_context` False and the original prompt.
 
     Raises:
         InputError: if not even one character of a demonstration or feedback fits the limit.
     """
-    filled = resolve_templates(config, templates)
+    shown = _what_is_shown(questions, rollouts, outcomes, rng, config)
+    has_context = np.array([row.demonstration is not None or row.feedback != "" for row in shown])
+    if config.demonstration == "plain":
+        has_context[:] = True
+    if config.demonstration in ("none", "plain"):  # the teacher sees no more than the student
+        shown = [row._replace(demonstration=None, feedback="") for row in shown]
+    prompts = _build_prompts(policy, questions, rollouts, shown, config)
+    tokens, mask = _pad([prompts[row].tokens for row in shown], config.max_length)
+    return data.Contexts(
+        prompts=tokens,
+        prompt_mask=mask,
+        has_context=has_context,
+        texts=[prompts[row].text for row in shown],
+        shortened=sum(prompts[row].shortened for row in shown),
+    )
+
+
+class _Shown(NamedTuple):
+    """What the teacher of a response is shown."""
+
+    question: int
+    demonstration: str | None
+    feedback: str
+
+
+class _Prompt(NamedTuple):
+    text: str
+    tokens: list[int]
+    shortened: bool = False
+
+
+def _what_is_shown(
+    questions: Sequence[Question],
+    rollouts: Rollouts,
+    outcomes: Sequence[Sequence[Outcome]],
+    rng: np.random.Generator,
+    config: RepromptConfig,
+) -> list[_Shown]:
+    """Demonstration and feedback of every response, question-major."""
     rewards = [[outcome.reward for outcome in group] for group in outcomes]
     chosen = choose_demonstrations([q.key for q in questions], rewards, rng, config)
-
-    def build(question: int, demonstration: str | None, feedback: str) -> str:
-        messages = questions[question].messages
-        messages = teacher_messages(messages, demonstration, feedback, filled)
-        return data.render(tokenizer, messages, template_options)
-
-    # Siblings mostly share one demonstration: each different context is built and tokenized once.
-    rows: list[tuple[int, str | None, str]] = []
+    shown = []
     for question, group in enumerate(outcomes):
         for sample, outcome in enumerate(group):
             pair = chosen[question][sample]
@@ -274,74 +305,73 @@ def reprompt(
             wanted = config.use_feedback == "always" or (
                 config.use_feedback == "without_demonstration" and demonstration is None
             )
-            rows.append((question, demonstration, outcome.feedback if wanted else ""))
-    has_context = np.array([demo is not None or feedback != "" for _, demo, feedback in rows], bool)
-    if config.demonstration == "plain":
-        has_context[:] = True
-    if config.demonstration in ("none", "plain"):  # the teacher sees no more than the student
-        rows = [(question, None, "") for question, _, _ in rows]
+            shown.append(_Shown(question, demonstration, outcome.feedback if wanted else ""))
+    return shown
 
-    texts = {row: build(*row) for row in dict.fromkeys(rows)}
-    tokens = dict(zip(texts, data.tokenize(tokenizer, list(texts.values())), strict=True))
-    short: set[tuple[int, str | None, str]] = set()
-    for row in texts:
-        question, demonstration, feedback = row
-        if demonstration is None and not feedback:
-            tokens[row] = _students_tokens(rollouts, question)
-        elif len(tokens[row]) > config.max_length:
-            texts[row], tokens[row] = _shorten(
-                lambda demo, remark, question=question: build(question, demo, remark),
-                demonstration,
-                feedback,
-                tokenizer,
-                config.max_length,
-                questions[question].key,
-            )
-            short.add(row)
-    prompts, prompt_mask = _pad([tokens[row] for row in rows], config.max_length)
-    return data.Contexts(
-        prompts=prompts,
-        prompt_mask=prompt_mask,
-        has_context=has_context,
-        texts=[texts[row] for row in rows],
-        shortened=sum(row in short for row in rows),
-    )
+
+def _build_prompts(
+    policy: Policy,
+    questions: Sequence[Question],
+    rollouts: Rollouts,
+    shown: Sequence[_Shown],
+    config: RepromptConfig,
+) -> dict[_Shown, _Prompt]:
+    """The prompt of everything that is shown. Siblings mostly share one demonstration: each
+    different one is built and tokenized once."""
+    templates = resolve_templates(config)
+    builders = [_builder(policy, question, templates) for question in questions]
+    texts = {row: builders[row.question](*row[1:]) for row in dict.fromkeys(shown)}
+    rows = data.tokenize(policy.tokenizer, list(texts.values()))
+    prompts = {}
+    for (row, text), tokens in zip(texts.items(), rows, strict=True):
+        if row.demonstration is None and not row.feedback:
+            prompts[row] = _Prompt(text, _students_tokens(rollouts, row.question))
+        elif len(tokens) <= config.max_length:
+            prompts[row] = _Prompt(text, tokens)
+        else:
+            build, key = builders[row.question], questions[row.question].key
+            short = _shorten(build, row[1:], policy.tokenizer, config.max_length, key)
+            prompts[row] = _Prompt(*short, shortened=True)
+    return prompts
+
+
+def _builder(policy: Policy, question: Question, templates: Mapping[str, str]) -> Build:
+    """(demonstration, feedback) -> the text of the teacher's prompt."""
+
+    def build(demonstration: str | None, feedback: str) -> str:
+        messages = teacher_messages(question.messages, demonstration, feedback, templates)
+        return data.render(policy.tokenizer, messages, policy.prompts.template_options)
+
+    return build
 
 
 def show_answers(
+    policy: Policy,
     questions: Sequence[Question],
-    rollouts: data.Rollouts,
+    rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
     config: RepromptConfig,
-    tokenizer: Any,
-    templates: Mapping[str, str] | None = None,
-    *,
-    template_options: Mapping[str, Any] | None = None,
 ) -> data.Evidence:
     """Prompts that show the right final answer, and that of a group's worst wrong response.
 
     The worst has the lowest reward (the first of several); its final answer is what stands in its
-    last box or answer tags, else its text. Arguments as for :func:`reprompt`.
+    last box or answer tags, else its text. Arguments as for `reprompt`.
 
     Raises:
         InputError: for a question without an answer, or an answer that does not fit the limit.
     """
-    filled = resolve_templates(config, templates)
-    filled["solution"] = config.evidence_template or filled["solution"]
+    templates = resolve_templates(config)
+    templates["solution"] = config.evidence_template or templates["solution"]
 
     def encode(index: int, answer: str | None) -> list[int]:
-        question = questions[index]
         if answer is None:
             return _students_tokens(rollouts, index)
-
-        def build(demonstration: str | None, feedback: str) -> str:
-            messages = teacher_messages(question.messages, demonstration, feedback, filled)
-            return data.render(tokenizer, messages, template_options)
-
-        tokens = data.tokenize(tokenizer, [build(answer, "")])[0]
+        build = _builder(policy, questions[index], templates)
+        tokens = data.tokenize(policy.tokenizer, [build(answer, "")])[0]
         if len(tokens) <= config.max_length:
             return tokens
-        return _shorten(build, answer, "", tokenizer, config.max_length, question.key)[1]
+        shown, key = (answer, ""), questions[index].key
+        return _shorten(build, shown, policy.tokenizer, config.max_length, key)[1]
 
     wrong = [
         worst_answer(*group, config.threshold)
@@ -384,21 +414,17 @@ def _students_tokens(rollouts: data.Rollouts, question: int) -> list[int]:
 
 
 def _pad(rows: list[list[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask, left-padded to the bucket of the longest (the plain prompt may be over the
-    limit)."""
-    longest = max(map(len, rows))
+    """Tokens and mask, left-padded to the bucket of the longest of all hosts (a plain prompt may be
+    over the limit)."""
+    (longest,) = sharding.agree_max([max(map(len, rows))])
     return data.left_pad(rows, data.bucket(longest, max(limit, longest)))
 
 
 def _shorten(
-    build: Callable[[str | None, str], str],
-    demonstration: str | None,
-    feedback: str,
-    tokenizer: Any,
-    limit: int,
-    key: str,
+    build: Build, shown: tuple[str | None, str], tokenizer: Any, limit: int, key: str
 ) -> tuple[str, list[int]]:
     """Keeps as much of the demonstration's end as fits (the answer is there), then of feedback."""
+    demonstration, feedback = shown
 
     def encoded(demo: str | None, remark: str) -> tuple[str, list[int]]:
         text = build(demo, remark)

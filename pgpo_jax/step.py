@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -15,20 +14,21 @@ from pgpo_jax import information, losses, methods, sharding
 from pgpo_jax.data import Batch, Packed, packing
 from pgpo_jax.fused import distill, score
 from pgpo_jax.methods import SDPO, ObjectiveConfig, Policy
+from pgpo_jax.models import GraphDef, merge
 from pgpo_jax.optimizer import information_state
 from pgpo_jax.state import TrainState
 from pgpo_jax.teacher import AVERAGE, TeacherConfig, mix_logits, refresh
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef,
+    graphdef: GraphDef,
     optimizer: optax.GradientTransformationExtraArgs,
     config: losses.DistillationConfig,
     shardings: TrainState,
     *,
     objective: ObjectiveConfig = SDPO,
     teacher_config: TeacherConfig = AVERAGE,
-    teacher_graphdef: nnx.GraphDef | None = None,
+    teacher_graphdef: GraphDef | None = None,
     micro_batches: int = 1,
     vocab_size: int | None = None,
     estimators: Sequence[information.Estimator] = (),
@@ -96,12 +96,12 @@ def make_train_step(
 
     def loss_fn(student, teacher, batch: Batch | Packed, weights):
         tokens, sampled = _flat(batch.responses), _flat(batch.sampler_log_probs)
-        model = nnx.merge(graphdef, student)
-        teacher_model = nnx.merge(teacher_graphdef or graphdef, teacher)
+        model = merge(graphdef, student)
+        teacher_model = merge(teacher_graphdef or graphdef, teacher)
         hidden = packing.response_hidden(model, batch, "student")
         teaching = packing.response_hidden(teacher_model, batch, "teacher"), teacher_model.head()
         if teacher_config.refresh == "trust_region":
-            live = nnx.merge(graphdef, jax.lax.stop_gradient(student))
+            live = merge(graphdef, jax.lax.stop_gradient(student))
             its = packing.response_hidden(live, batch, "teacher"), live.head()
             teaching = mix_logits(*teaching, *its, teacher_config.mix)
         inputs = (hidden, model.head(), *teaching, tokens)

@@ -5,7 +5,7 @@ more than itself, and self-distillation has nothing to give. Off by default.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
-from jax.sharding import Mesh
 
 from pgpo_jax import data, sharding
-from pgpo_jax.data import DataConfig
 from pgpo_jax.errors import InputError, require
+from pgpo_jax.models import merge
 from pgpo_jax.optimizer import init_state
 from pgpo_jax.reprompt import RepromptConfig, resolve_templates, teacher_messages
-from pgpo_jax.tasks import Task
+from pgpo_jax.sampler import Policy
+from pgpo_jax.tasks import Example, Task
 
 
 @dataclass(frozen=True)
@@ -46,29 +45,23 @@ class WarmStartConfig:
 
 
 def warm_start(
-    graphdef: nnx.GraphDef,
+    policy: Policy,
     params: Any,
     task: Task,
-    tokenizer: Any,
-    seed: int,
     config: WarmStartConfig,
-    data_config: DataConfig,
     reprompt: RepromptConfig,
-    mesh: Mesh,
+    seed: int,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Any:
     """Trains on `config.steps` batches of fresh worked examples; returns the parameters.
 
     Args:
-      graphdef: The model.
-      params: Its parameters; donated.
+      policy: The model, its tokenizer, the options of the prompts, the mesh.
+      params: The model's parameters; donated.
       task: Its `examples` are the worked examples.
-      tokenizer: The model's tokenizer.
-      seed: The examples of step s derive from it and from s.
       config: Steps, batch, rate.
-      data_config: Prompt limit and chat template options.
       reprompt: How a demonstration stands in the prompt, the same as for the teacher.
-      mesh: Where the parameters live.
+      seed: The examples of step s derive from it and from s.
       report: Called with the step and its loss (nats per response token) now and then.
 
     Raises:
@@ -83,7 +76,7 @@ def warm_start(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
 
     def loss_fn(params, rows):
-        model = nnx.merge(graphdef, params)
+        model = merge(policy.graphdef, params)
         hidden = model.response_hidden(*rows)
         _, _, responses, mask = rows
 
@@ -103,27 +96,22 @@ def warm_start(
 
     opt_state = init_state(optimizer, params)
     for index in range(config.steps):
-        rows = _encode(task, tokenizer, seed, index, config, data_config, reprompt)
-        params, opt_state, loss = step(params, opt_state, sharding.to_global(rows, mesh))
+        rng = np.random.default_rng([seed, index])
+        rows = _encode(policy, task.examples(rng, config.examples_per_step), reprompt)
+        rows = sharding.to_global(rows, policy.mesh)
+        params, opt_state, loss = step(params, opt_state, rows)
         if index % 50 == 49 or index + 1 == config.steps:
             report(index + 1, float(loss))
     return params
 
 
 def _encode(
-    task: Task,
-    tokenizer: Any,
-    seed: int,
-    step: int,
-    config: WarmStartConfig,
-    data_config: DataConfig,
-    reprompt: RepromptConfig,
+    policy: Policy, examples: Sequence[Example], reprompt: RepromptConfig
 ) -> tuple[np.ndarray, ...]:
     """This host's prompts, responses and their masks of one step."""
-    assert task.examples is not None
-    templates = resolve_templates(reprompt, task.templates)
-    examples = task.examples(np.random.default_rng([seed, step]), config.examples_per_step)
+    templates = resolve_templates(reprompt)
     examples = examples[sharding.host_rows(len(examples))]
+    tokenizer = policy.tokenizer
     prompts = data.encode(
         tokenizer,
         [
@@ -131,7 +119,7 @@ def _encode(
             for example in examples
         ],
         max_length=reprompt.max_length,
-        template_options=data_config.template_options,
+        template_options=policy.prompts.template_options,
         names=[example.question.key for example in examples],
         field="reprompt.max_length",
     )

@@ -1,15 +1,19 @@
-"""What training needs around its loop: setup, folder, records, reactions."""
+"""What training needs around its loop: setup, folder, session, evaluation, records, reactions."""
 
 from pgpo_jax.run.folder import claim_folder
-from pgpo_jax.run.record import records, summarise, token_columns
-from pgpo_jax.run.setup import Run, check_rows, checkpoint_folder, describe, load_run
+from pgpo_jax.run.record import Clock, records, summarise, token_columns
+from pgpo_jax.run.session import Session
+from pgpo_jax.run.setup import Run, check_rows, checkpoint_folder, describe, join, load_run
 
 __all__ = [
+    "Clock",
     "Run",
+    "Session",
     "check_rows",
     "checkpoint_folder",
     "claim_folder",
     "describe",
+    "join",
     "load_run",
     "records",
     "summarise",

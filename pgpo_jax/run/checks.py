@@ -40,7 +40,7 @@ def check_run(
     check_vocabulary(model, tokenizer, sampling)
     check_lengths(model, sampling, data_config, reprompt)
     for questions in (task.train, task.test):
-        check_questions(questions, task, tokenizer, data_config, reprompt)
+        check_questions(questions, tokenizer, data_config, reprompt)
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Any, sampling: SamplingConfig) -> None:
@@ -93,7 +93,6 @@ def check_lengths(
 
 def check_questions(
     questions: Sequence[Question],
-    task: Task,
     tokenizer: Any,
     data_config: DataConfig,
     reprompt: RepromptConfig,
@@ -110,7 +109,7 @@ def check_questions(
         names=[question.key for question in found],
     )
     _, longest = max(zip(map(len, prompts), range(len(found)), strict=True))
-    templates = resolve_templates(reprompt, task.templates)
+    templates = resolve_templates(reprompt)
     data.encode(
         tokenizer,
         [teacher_messages(found[longest].messages, "", "", templates)],

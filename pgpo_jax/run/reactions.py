@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pgpo_jax.config import Config
+from pgpo_jax.run.setup import Run
 from pgpo_jax.state import TrainState
 
 
@@ -43,9 +44,9 @@ def wanted(config: Config, fired: tuple[str, ...]) -> bool:
     return alarms.reaction != "none" and bool(set(fired) & set(alarms.react_on))
 
 
-def react(config: Config) -> Config:
-    """The configuration of the updates after the reaction."""
-    return REACTIONS[config.alarms.reaction](config)
+def react(run: Run) -> Run:
+    """The run with the configuration of the updates after the reaction."""
+    return run._replace(config=REACTIONS[run.config.alarms.reaction](run.config))
 
 
 def react_in_state(config: Config, state: TrainState) -> TrainState:

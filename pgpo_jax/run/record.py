@@ -1,68 +1,90 @@
-"""What a step leaves in the files of a run: metrics of its responses, and the responses."""
+"""Records of a step: the metrics of its responses, and the responses themselves."""
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from pgpo_jax import sharding
-from pgpo_jax.config import Config
 from pgpo_jax.data import Contexts, Rollouts
 from pgpo_jax.run.setup import Run
-from pgpo_jax.tasks import Outcome
+from pgpo_jax.tasks import Outcome, Question, given_answer
+
+
+class Clock:
+    """Seconds of the phases of a step."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Ends a phase, which began with the end of the one before."""
+        now = time.perf_counter()
+        self.seconds[phase], self._last = now - self._last, now
 
 
 def summarise(
-    config: Config,
     run: Run,
     rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
     contexts: Contexts,
-) -> dict[str, Any]:
-    """Metrics of rewards, groups and lengths, over all hosts."""
+    clock: Clock,
+) -> dict[str, float]:
+    """Metrics of rewards, groups, lengths and times, over all hosts."""
     flat = [outcome for group in outcomes for outcome in group]
     lengths = rollouts.response_mask.sum(-1).reshape(-1)
     last = np.take_along_axis(rollouts.responses.reshape(len(lengths), -1), lengths[:, None] - 1, 1)
-    cut = ~np.isin(last[:, 0], run.sampling.end_tokens)
-    columns = np.array(
-        [
-            (
-                outcome.reward,
-                outcome.reward >= config.reprompt.threshold,
-                outcome.well_formed,
-                outcome.failed,
-                has_context,
-                length,
-                is_cut,
-            )
-            for outcome, has_context, length, is_cut in zip(
-                flat, contexts.has_context, lengths, cut, strict=True
-            )
-        ],
-        np.float32,
-    )
-    samples = config.sampling.num_samples
-    total = config.data.questions_per_step * samples
-    reward, success, well_formed, failed, context, length, clipped = sharding.gather_rows(
-        columns, total
-    ).T
+    columns = {
+        "reward": [outcome.reward for outcome in flat],
+        "success": [outcome.reward >= run.reprompt.threshold for outcome in flat],
+        "well_formed": [outcome.well_formed for outcome in flat],
+        "failed": [outcome.failed for outcome in flat],
+        "context": contexts.has_context,
+        "length": lengths,
+        "cut": ~np.isin(last[:, 0], run.policy.sampling.end_tokens),
+        "first": _equals_first(rollouts.texts),
+    }
+    samples = run.policy.sampling.num_samples
+    rows = run.config.data.questions_per_step * samples
+    table = np.stack([np.asarray(column, np.float32) for column in columns.values()], axis=1)
+    every = dict(zip(columns, sharding.gather_rows(table, rows).T, strict=True))
+    means = {name: float(values.mean()) for name, values in every.items()}
+    shortened = np.array([[contexts.shortened]], np.float32)
+    tokens = float(every["length"].sum())
     return {
-        "reward/mean": float(reward.mean()),
-        "reward/std": float(reward.std()),
-        "reward/failed": float(failed.mean()),
-        "format": float(well_formed.mean()),
-        "success_group_fraction": float(success.reshape(-1, samples).any(-1).mean()),
-        "context_fraction": float(context.mean()),
-        "context_shortened": float(contexts.shortened),
-        "response_length/mean": float(length.mean()),
-        "response_length/max": float(length.max()),
-        "response_length/clip_fraction": float(clipped.mean()),
-        "tokens": float(length.sum()),
+        "reward/mean": means["reward"],
+        "reward/std": float(every["reward"].std()),
+        "reward/failed": means["failed"],
+        "format": means["well_formed"],
+        "success_group_fraction": float(every["success"].reshape(-1, samples).any(-1).mean()),
+        "identical_group_fraction": float(every["first"].reshape(-1, samples).all(-1).mean()),
+        "context_fraction": means["context"],
+        "context_shortened": float(sharding.gather_rows(shortened, jax.process_count()).sum()),
+        "response_length/mean": means["length"],
+        "response_length/max": float(every["length"].max()),
+        "response_length/clip_fraction": means["cut"],
+        **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
+        "tokens_per_second/rollout": tokens / clock.seconds["rollout"],
+        "tokens_per_second/train": tokens / clock.seconds["train"],
     }
 
 
-def records(run, questions, rollouts, outcomes, contexts) -> list[dict[str, Any]]:
+def _equals_first(texts: Sequence[Sequence[str]]) -> list[bool]:
+    """Whether each response gives the answer of its group's first one, question-major."""
+    answers = [[given_answer(text) for text in group] for group in texts]
+    return [answer == group[0] for group in answers for answer in group]
+
+
+def records(
+    questions: Sequence[Question],
+    rollouts: Rollouts,
+    outcomes: Sequence[Sequence[Outcome]],
+    contexts: Contexts,
+) -> list[dict[str, Any]]:
     """This host's responses for samples.jsonl, with what the teacher saw."""
     samples = len(rollouts.texts[0])
     return [
@@ -82,14 +104,14 @@ def records(run, questions, rollouts, outcomes, contexts) -> list[dict[str, Any]
 
 
 def token_columns(
-    run: Run, rollouts: Rollouts, divergence: Sequence[np.ndarray] | None, row: int
+    tokenizer: Any, rollouts: Rollouts, divergence: Sequence[np.ndarray] | None, row: int
 ) -> dict[str, Any]:
     """The texts of a response's tokens, and the divergence at each in nats."""
     mask = rollouts.response_mask.reshape(-1, rollouts.response_mask.shape[-1])[row]
     tokens, places = np.unique(
         rollouts.responses.reshape(-1, mask.size)[row][mask], return_inverse=True
     )
-    texts = run.tokenizer.batch_decode(tokens[:, None].tolist(), clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(tokens[:, None].tolist(), clean_up_tokenization_spaces=False)
     values = [] if divergence is None else divergence[row].tolist()
     return {
         "tokens": [texts[place] for place in places],

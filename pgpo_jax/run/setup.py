@@ -1,4 +1,4 @@
-"""What a configuration names, loaded: task, model, tokenizer, devices."""
+"""Setup of a run: the processes, the devices and all that a configuration names, loaded."""
 
 import dataclasses
 import os
@@ -7,61 +7,93 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from pgpo_jax import hf, sampler, sharding, tasks
+from pgpo_jax import hf, sharding, tasks
 from pgpo_jax.config import Config
 from pgpo_jax.errors import InputError
 from pgpo_jax.models import GraphDef
+from pgpo_jax.reprompt import RepromptConfig, with_templates
 from pgpo_jax.run.checks import check_run
+from pgpo_jax.sampler import Policy, SamplingConfig
 from pgpo_jax.tasks import Task
 
 
 class Run(NamedTuple):
     """What a configuration names, loaded."""
 
-    mesh: Mesh
+    config: Config
     task: Task
-    graphdef: GraphDef
+    policy: Policy
+    """The model without its weights, the tokenizer, the devices, and how responses are drawn."""
+    reprompt: RepromptConfig
+    """How the teacher's prompts are made, with the task's own templates."""
     params: Any
-    tokenizer: Any
-    sampling: sampler.SamplingConfig
-    """The sampling section with the model's end tokens and vocabulary."""
+    """The student's weights."""
     teacher_graphdef: GraphDef | None = None
     """The teacher's model, where it is another one (`teacher.path`)."""
     teacher: Any = None
-    """Its parameters."""
+    """Its weights."""
 
 
-def load_run(config: Config) -> Run:
-    """Joins the other processes, arranges the devices, loads task, model and tokenizer."""
+def join(config: Config) -> Mesh:
+    """Joins the other processes and arranges the devices."""
     sharding.initialize(config.distributed)
-    mesh = sharding.make_mesh(config.mesh)
+    return sharding.make_mesh(config.mesh)
+
+
+def load_run(config: Config, mesh: Mesh | None = None) -> Run:
+    """Loads task, model and tokenizer, and checks that they fit together.
+
+    Args:
+      config: The configuration.
+      mesh: Where to load them; None joins the other processes and arranges the devices.
+
+    Raises:
+      InputError: Something is missing, or does not fit the rest.
+    """
+    mesh = mesh or join(config)
     task = tasks.load(config.task)
-    model = hf.from_section(config.model, mesh, jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    model = hf.from_section(config.model, mesh, key)
     tokenizer = model.tokenizer or task.tokenizer
     if tokenizer is None:
         raise InputError(
             f"model.path: got none; task {task.name} brings no tokenizer, so give a checkpoint"
         )
+    sampling = _complete(config, tokenizer)
+    reprompt = with_templates(config.reprompt, task.templates)
+    check_run(task, model.config, tokenizer, sampling, config.data, reprompt)
+    policy = Policy(model.graphdef, tokenizer, mesh, sampling, config.data)
+    run = Run(config, task, policy, reprompt, model.params)
+    if config.teacher.path is None:
+        return run
+    return _with_teacher(run, model.config.vocab_size)
+
+
+def _complete(config: Config, tokenizer: Any) -> SamplingConfig:
+    """The sampling section with the model's end tokens and vocabulary."""
     sampling = config.sampling
     if not sampling.end_tokens:
         ends = hf.end_tokens(config.model.path, tokenizer)
         sampling = dataclasses.replace(sampling, end_tokens=ends)
     if sampling.vocab_size is None:  # rows beyond the tokenizer's are padding
         sampling = dataclasses.replace(sampling, vocab_size=len(tokenizer))
-    check_run(task, model.config, tokenizer, sampling, config.data, config.reprompt)
-    run = Run(mesh, task, model.graphdef, model.params, tokenizer, sampling)
-    if config.teacher.path is None:
-        return run
+    return sampling
+
+
+def _with_teacher(run: Run, vocab_size: int) -> Run:
+    """The run with another model as its teacher."""
+    config, tokenizer = run.config, run.policy.tokenizer
     section = dataclasses.replace(config.model, path=config.teacher.path, architecture=None)
-    teacher = hf.from_section(section, mesh, jax.random.key(0))
+    key = jax.random.key(0)  # a checkpoint draws nothing
+    teacher = hf.from_section(section, run.policy.mesh, key)
     if teacher.tokenizer is not None and teacher.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"teacher.path: {config.teacher.path} has another vocabulary than the student; its "
             "choice of token would mean nothing, so take a teacher of the same family"
         )
-    if (size := teacher.config.vocab_size) != model.config.vocab_size:
+    if (size := teacher.config.vocab_size) != vocab_size:
         raise InputError(
-            f"teacher.path: got a model of {size} tokens; the student has {model.config.vocab_size}"
+            f"teacher.path: got a model of {size} tokens; the student has {vocab_size}"
         )
     return run._replace(teacher_graphdef=teacher.graphdef, teacher=teacher.params)
 
@@ -84,11 +116,13 @@ def check_rows(config: Config, mesh: Mesh) -> None:
         )
 
 
-def describe(config: Config, run: Run) -> str:
+def describe(run: Run) -> str:
+    """What is trained, on what, in one line."""
     size = sum(leaf.size for leaf in jax.tree.leaves(run.params))
-    shape = " x ".join(f"{name} {count}" for name, count in run.mesh.shape.items())
-    device = run.mesh.devices.flat[0].device_kind
+    mesh = run.policy.mesh
+    shape = " x ".join(f"{name} {count}" for name, count in mesh.shape.items())
+    device = mesh.devices.flat[0].device_kind
     return (
         f"{run.task.name}: {len(run.task.train):,} questions, {len(run.task.test):,} held out; "
-        f"{size:,} parameters on {run.mesh.size} {device} ({shape}); {config.steps} updates"
+        f"{size:,} parameters on {mesh.size} {device} ({shape}); {run.config.steps} updates"
     )

@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from pgpo_jax import sharding
-from pgpo_jax.models import decoder
+from pgpo_jax.models import ModelConfig, Options, make_graphdef, merge
 
 
 class Rule(NamedTuple):
@@ -164,10 +163,10 @@ def compilations() -> int:
 
 @functools.cache
 def programs(
-    config: decoder.ModelConfig, options: decoder.Options, mesh: Mesh, rule: Rule, key_type: str
+    config: ModelConfig, options: Options, mesh: Mesh, rule: Rule, key_type: str
 ) -> Programs:
     """Makes the jitted functions; compiles nothing yet."""
-    graphdef = decoder.make_graphdef(config, options)
+    graphdef = make_graphdef(config, options)
     cache_dtype = jnp.dtype(rule.cache_dtype or options.dtype)
     layers, kv_heads = range(config.num_hidden_layers), config.num_key_value_heads
     whole = sharding.replicated(mesh)
@@ -187,8 +186,8 @@ def programs(
         return State(cache, zero, zero, row, row, row, row, row, row, row > 0)
 
     def prefill(params: Any, tokens: Array, positions: Array) -> Cache:
-        decoder = nnx.merge(graphdef, params)
-        cache = decoder.init_cache(*tokens.shape, cache_dtype)
+        decoder = merge(graphdef, params)
+        cache = decoder.init_cache(tokens.shape[0], tokens.shape[1], cache_dtype)
         _, cache = decoder.extend(tokens, positions, cache, 0)
 
         def by_layer(array: Array) -> tuple[Array, ...]:
@@ -265,7 +264,7 @@ def programs(
     ) -> tuple[State, Report]:
         """Up to `budget[0]` steps; fewer when all, or `budget[1]` more slots, have ended."""
         outer, layer_weights = weights
-        decoder = nnx.merge(graphdef, {**outer, "layers": layer_weights[0]})  # fed layer by layer
+        decoder = merge(graphdef, {**outer, "layers": layer_weights[0]})  # fed layer by layer
         key = jax.random.wrap_key_data(key_data, impl=key_type)
         fold = jax.vmap(jax.random.fold_in)
         keys = fold(jnp.broadcast_to(key, state.question.shape), state.question)

@@ -1,73 +1,117 @@
-"""Questions in, responses out: encode, sample on the mesh, decode to text."""
+"""Rollouts: conversations in, responses out; the seam between text and the devices."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from pgpo_jax import data, sharding
 from pgpo_jax.data import DataConfig, Rollouts
-from pgpo_jax.sampler.sampling import SamplingConfig, sample
+from pgpo_jax.models import GraphDef
+from pgpo_jax.sampler.sampling import Samples, SamplingConfig, sample
+
+Conversation = Sequence[Mapping[str, str]]
+
+
+class Policy(NamedTuple):
+    """All that turns conversations into responses, but the weights."""
+
+    graphdef: GraphDef
+    """The model."""
+    tokenizer: Any
+    """Turns conversations into tokens and sampled tokens into text."""
+    mesh: Mesh
+    """Where the parameters live."""
+    sampling: SamplingConfig
+    """Number, length and temperature of the responses; with the model's end tokens."""
+    prompts: DataConfig
+    """Limit of the prompts and options of the chat template."""
+    limit: str = "data.max_prompt_length"
+    """The setting that an over-long prompt exceeds, for the error."""
+
+    def with_limit(self, field: str, length: int) -> "Policy":
+        """The policy for prompts of at most `length` tokens, as the setting `field` says."""
+        prompts = dataclasses.replace(self.prompts, max_prompt_length=length)
+        return self._replace(prompts=prompts, limit=field)
 
 
 def rollout(
-    graphdef: nnx.GraphDef,
-    params,
-    tokenizer,
-    prompts: Sequence[Sequence[int]],
+    policy: Policy,
+    params: Any,
+    conversations: Sequence[Conversation],
     key: jax.Array,
-    sampling: SamplingConfig,
-    config: DataConfig,
-    mesh: Mesh,
+    *,
+    names: Sequence[str] = (),
+    rows: int = 0,
 ) -> Rollouts:
-    """`sampling.num_samples` responses for each of this host's prompts.
+    """`policy.sampling.num_samples` responses to each of this host's conversations.
 
-    All hosts call it together, each with its own prompts. Lengths are rounded up to the sizes of
-    `data.bucket`, agreed among the hosts, so that few shapes are ever compiled.
+    All hosts call it together, each with its own conversations. Lengths are rounded up to the sizes
+    of `data.bucket`, agreed among the hosts, so that few shapes are ever compiled.
 
     Args:
-      graphdef: The model.
-      params: Its parameters.
-      tokenizer: Turns sampled tokens into text.
-      prompts: Token ids of each prompt (`data.encode`).
+      policy: The model without its weights, the tokenizer and how to sample.
+      params: The weights.
+      conversations: Messages of each prompt.
       key: Random key of this rollout, the same on all hosts.
-      sampling: Number, length and temperature of the responses.
-      config: Limit of the prompts.
-      mesh: Where the parameters live.
+      names: What to call each prompt in an error.
+      rows: Compute as if there were at least so many conversations, for a shape known already.
 
     Returns:
-      The records of this host's questions, in order.
+      The records of this host's conversations, in order.
+
+    Raises:
+      InputError: A prompt that is over-long, empty or refused by the chat template.
     """
-    longest = max((len(prompt) for prompt in prompts), default=1)
-    count, longest = sharding.agree_max([len(prompts), longest])
-    # Every host brings the same number of rows, and they divide over the mesh.
-    parts = max(mesh.shape["data"] * mesh.shape["fsdp"] // jax.process_count(), 1)
-    rows = -(-count // parts) * parts
-    padded = [*prompts, *([[0]] * (rows - len(prompts)))]
-    width = data.bucket(longest, max(config.max_prompt_length, longest))
-    tokens, mask = data.left_pad(padded, width)
-    placed = sharding.to_global({"prompts": tokens, "prompt_mask": mask}, mesh)
-    samples = sample(graphdef, params, **placed, key=key, config=sampling)
-    samples = sharding.to_host(samples)
-    samples = jax.tree.map(lambda rows: rows[: len(prompts)], samples)
+    prompts = data.encode(
+        policy.tokenizer,
+        conversations,
+        max_length=policy.prompts.max_prompt_length,
+        template_options=policy.prompts.template_options,
+        names=names,
+        field=policy.limit,
+    )
+    longest = max(map(len, prompts), default=1)
+    count, longest = sharding.agree_max([max(len(prompts), rows), longest])
+    width = data.bucket(longest, max(policy.prompts.max_prompt_length, longest))
+    samples: Any = _sample(policy, params, prompts, key, (count, width))
     (longest,) = sharding.agree_max([int(samples.mask.sum(-1).max(initial=1))])
-    time = data.bucket(longest, sampling.max_response_length)
-    responses, response_mask, log_probs = (
+    time = data.bucket(longest, policy.sampling.max_response_length)
+    responses, mask, log_probs = (
         part[:, :, :time] for part in (samples.tokens, samples.mask, samples.log_probs)
     )
-    return Rollouts(
-        tokens[: len(prompts)],
-        mask[: len(prompts)],
-        responses,
-        response_mask,
-        log_probs,
-        _texts(tokenizer, responses, response_mask),
-    )
+    texts = _texts(policy.tokenizer, responses, mask)
+    return Rollouts(*data.left_pad(prompts, width), responses, mask, log_probs, texts)
 
 
-def _texts(tokenizer, responses: np.ndarray, mask: np.ndarray) -> list[list[str]]:
+def _sample(
+    policy: Policy,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    shape: tuple[int, int],
+) -> Samples:
+    """This host's samples; every host brings `shape[0]` prompts, filled up where it has fewer."""
+    mesh, sampling = policy.mesh, policy.sampling
+    parts = max(mesh.shape["data"] * mesh.shape["fsdp"] // jax.process_count(), 1)
+    rows = -(-shape[0] // parts) * parts
+    filled = [*prompts, *([[0]] * (rows - len(prompts)))]
+    tokens, mask = data.left_pad(filled, shape[1])
+    placed = sharding.to_global({"prompts": tokens, "prompt_mask": mask}, mesh)
+    # What only fills up ends after one token.
+    hosts = jax.process_count()
+    counts = sharding.gather_rows(np.array([[len(prompts)]], np.float32), hosts)[:, 0]
+    real = np.concatenate([np.arange(rows) < count for count in counts])
+    limits = np.where(real, sampling.max_response_length, 1)[:, None]
+    limits = np.repeat(limits, sampling.num_samples, axis=1)
+    samples = sample(policy.graphdef, params, **placed, key=key, config=sampling, limits=limits)
+    return jax.tree.map(lambda own: own[: len(prompts)], sharding.to_host(samples))
+
+
+def _texts(tokenizer: Any, responses: np.ndarray, mask: np.ndarray) -> list[list[str]]:
     rows = [
         row[keep].tolist()
         for group, kept in zip(responses, mask, strict=True)

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from pgpo_jax import sharding
 from pgpo_jax.data import bucket
 from pgpo_jax.errors import InputError, require
+from pgpo_jax.models import merge
 from pgpo_jax.sampler import decode
 from pgpo_jax.sampler.decode import Entry, compilations
 
@@ -297,7 +297,7 @@ def _programs(
     graphdef: Any, params: Any, mesh: Mesh, config: SamplingConfig, key_type: str
 ) -> tuple[decode.Programs, Any]:
     """The programs for a model, and its compute type."""
-    decoder = nnx.merge(graphdef, params)
+    decoder = merge(graphdef, params)
     options = dataclasses.replace(decoder.options, mesh=mesh if mesh.size > 1 else None)
     run = decode.programs(decoder.config, options, mesh, config.rule(), key_type)
     return run, options.dtype

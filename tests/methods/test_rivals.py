@@ -109,9 +109,9 @@ def test_evidence_shows_the_right_answer_and_the_worst_wrong_one():
     texts = [["111111", "222222"], [questions[1].answer] * 2]
     rollouts = data.Rollouts(prompts, mask, empty, empty == 0, empty.astype(np.float32), texts)
     outcomes = [[Outcome(0.25), Outcome(0.0)], [Outcome(1.0)] * 2]
-    shown = reprompt.show_answers(
-        questions, rollouts, outcomes, RepromptConfig(), task.tokenizer, task.templates
-    )
+    policy = Policy(None, task.tokenizer, None, SamplingConfig(), DataConfig())
+    config = reprompt.with_templates(RepromptConfig(), task.templates)
+    shown = reprompt.show_answers(policy, questions, rollouts, outcomes, config)
 
     def text(tokens, mask):
         return task.tokenizer.decode(tokens[mask]).replace(" ", "")

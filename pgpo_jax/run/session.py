@@ -1,0 +1,197 @@
+"""Session of a run: its checkpoints, files, alarms and signals, around the updates."""
+
+import contextlib
+import dataclasses
+import sys
+from typing import Any, Self
+
+import jax
+
+from pgpo_jax import sharding
+from pgpo_jax.checkpoint import Checkpoints
+from pgpo_jax.errors import InputError, RunError, printable
+from pgpo_jax.logs import End, Watch, Writer, count_compilations
+from pgpo_jax.run import reactions
+from pgpo_jax.run.evaluation import evaluate_run
+from pgpo_jax.run.setup import Run, checkpoint_folder, describe
+from pgpo_jax.run.signals import stop_on_signals
+from pgpo_jax.state import TrainState
+
+STOPPED = 75
+"""Exit code after a signal: the state is saved, the same command goes on (EX_TEMPFAIL)."""
+
+
+class Session:
+    """What goes on around the updates of a run. A context manager; all hosts take part alike."""
+
+    def __init__(self, run: Run, evaluation_key: jax.Array) -> None:
+        self._config = run.config
+        self._run = run
+        self._key = evaluation_key
+        self._stack = contextlib.ExitStack()
+        self._state: TrainState | None = None
+        self._resumed: int | None = None
+        self._evaluated = -1
+        self._ending: End | None = None
+        self._stopped = False
+        self.reacted = False
+        """Whether the configuration is that after a reaction."""
+
+    def __enter__(self) -> Self:
+        config = self._config
+        self._stopping = self._stack.enter_context(stop_on_signals())
+        self._compiled = self._stack.enter_context(count_compilations())
+        self._checkpoints = self._stack.enter_context(
+            Checkpoints(
+                checkpoint_folder(config),
+                keep=config.checkpoint.keep,
+                on_failure=config.checkpoint.on_failure,
+            )
+        )
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Saves before a user's mistake ends the run: a reward function that fails after hours
+        costs a line, not the steps since a save."""
+        _name_the_missing(error)
+        if isinstance(error, InputError) and self._state is not None and jax.process_count() == 1:
+            try:
+                self._save(self._state)
+            except RunError as failed:  # the mistake is what to mend first
+                self.writer.warn(str(failed))
+        self._stack.__exit__(kind, error, trace)
+
+    def restore(self, like: TrainState, changes: str) -> TrainState | None:
+        """The newest whole checkpoint, None without one; opens the files of the run.
+
+        Args:
+          like: Shapes and places of the state; `abstract_train_state`.
+          changes: What changed in the configuration since the run was started, in words.
+        """
+        state, saved = None, {}
+        if self._checkpoints.latest_step() is not None:
+            # Room for what is restored.
+            jax.tree.map(lambda p: p.delete(), (self._run.params, self._run.teacher))
+            state, saved = self._checkpoints.restore(like)
+            self._resumed = int(saved["step"])
+        # Not before: what is written since the checkpoint is dropped.
+        self.writer = self._stack.enter_context(self._open_writer(saved.get("files")))
+        self.writer.say(describe(self._run))
+        if state is not None:
+            folder = checkpoint_folder(self._config)
+            self.writer.say(f"resumed at step {self._resumed} from {folder}{changes}")
+        self._evaluated = saved.get("evaluated", -1)
+        self.reacted = saved.get("reacted", False)
+        # On every host alike: its rows are those of all.
+        self._watch = Watch(self._config.alarms, saved.get("watch"))
+        ending = self._watch.end()
+        self._ending = None if ending and ending.code else ending  # after a failure it goes on
+        return state
+
+    def goes_on(self, state: TrainState) -> bool:
+        """Evaluates and saves where it is time; False where the run is over or was stopped."""
+        self._state = state
+        config, step = self._config, int(state.step)
+        done = step >= config.steps or self._ending is not None
+        every = config.evaluation.every
+        due = every > 0 and step != self._evaluated and (step % every == 0 or done)
+        if due and not self._stopping():
+            average = evaluate_run(self._run, state, self._key, self.writer)
+            self._checkpoints.save_best(step, state.student, average)
+            self._evaluated = step
+        self._stopped = self._stopping()
+        ends = self._stopped or done
+        self._checkpoints.check()
+        if ends or (step != self._resumed and self._saves(step)):
+            self._save(state)
+        return not ends
+
+    def write(self, step: int, row: dict[str, Any]) -> bool:
+        """Adds the metrics of an update to the run's files; whether an alarm asks for a reaction.
+
+        A run reacts once.
+        """
+        row["compilations"] = self._compiled.total()
+        fired = self._watch.check(row)
+        self._ending = self._watch.end()
+        row["information/running_mean"] = self._watch.running_information
+        if fired:
+            row["alarm"] = ", ".join(alarm.name for alarm in fired)
+        names = tuple(alarm.name for alarm in fired)
+        reacts = not self.reacted and reactions.wanted(self._config, names)
+        if reacts:
+            self.reacted, row["reaction"] = True, self._config.alarms.reaction
+        self.writer.write(step, row, [alarm.text for alarm in fired])
+        return reacts
+
+    def finish(self, state: TrainState) -> int:
+        """Waits until the end is saved and says how the run ended; returns the exit code.
+
+        Raises:
+          RunError: The end could not be saved.
+        """
+        step = int(state.step)
+        self._checkpoints.wait()
+        if (saved := self._checkpoints.latest_step()) != step:
+            raise RunError(
+                f"checkpoints: the run ended at step {step}, which is not saved (its newest "
+                f"checkpoint: {saved}); the same command goes on from there"
+            )
+        if self._ending is not None:
+            return self._say_why(self._ending, step)
+        how = "stopped" if self._stopped else "done"
+        self.writer.say(f"{how} at step {step}: {self._config.output_dir}")
+        return STOPPED if self._stopped else 0
+
+    def _open_writer(self, sizes: dict[str, int] | None) -> Writer:
+        return Writer(
+            self._config.output_dir,
+            self._config.metrics,
+            total_steps=self._config.steps,
+            resume_from=self._resumed,
+            sizes=sizes,
+            run_config=dataclasses.asdict(self._config),
+            active=sharding.is_main(),
+        )
+
+    def _saves(self, step: int) -> bool:
+        if step == 0:
+            return self._config.warm_start.steps > 0  # not to be done again after an interruption
+        every = self._config.checkpoint.every
+        return every > 0 and step % every == 0
+
+    def _save(self, state: TrainState) -> None:
+        """Saves the state, and where the run's files end, which must be on the disk before it."""
+        step, sizes, problem = int(state.step), {}, None
+        try:
+            sizes = self.writer.sizes()
+        except OSError as error:
+            problem = error
+        if sharding.agree_max([problem is not None])[0]:
+            reason = problem or RuntimeError("the metrics cannot be written")
+            self._checkpoints.failed(step, reason)
+            return
+        counters = {"evaluated": self._evaluated, "watch": self._watch.state}
+        counters |= {"reacted": self.reacted, "files": sizes}
+        self._checkpoints.save(step, state, counters)
+
+    def _say_why(self, ending: End, step: int) -> int:
+        """Why the run ends early: on the console, a failure as an error on stderr."""
+        folder = checkpoint_folder(self._config)
+        text = f"ended at step {step}: {ending.text}; {folder} has the newest state"
+        if ending.code and sharding.is_main():
+            print("error: " + printable(text), file=sys.stderr, flush=True)
+        if not ending.code:
+            again = "to go on, take it out of alarms.stop_on and give the command again"
+            self.writer.say(f"{text}; {again}")
+        return ending.code
+
+
+def _name_the_missing(error: BaseException | None) -> None:
+    """When another process died, the first to notice get a broken connection: say which it was."""
+    if error is None or jax.process_count() == 1 or isinstance(error, InputError):
+        return
+    try:
+        sharding.barrier("failed", timeout=5)
+    except Exception as missing:  # the coordinator may be the one that is gone
+        print(f"error: a process is gone: {missing}".splitlines()[0], file=sys.stderr, flush=True)
