@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from pgpo_jax import data, reprompt
 from pgpo_jax.errors import InputError
 from pgpo_jax.reprompt import RepromptConfig
+from pgpo_jax.sampler import Policy, SamplingConfig
 from pgpo_jax.tasks import Outcome, Question
 
 CHAT = (
@@ -53,15 +54,11 @@ def contexts(questions, texts, rewards, feedback=None, seed=0, templates=None, *
         [Outcome(reward, feedback[q][g] if feedback else "") for g, reward in enumerate(group)]
         for q, group in enumerate(rewards)
     ]
-    return reprompt.reprompt(
-        questions,
-        rollouts(questions, texts),
-        outcomes,
-        np.random.default_rng([seed, 0]),
-        RepromptConfig(**options),
-        TOKENIZER,
-        templates,
-    )
+    policy = Policy(None, TOKENIZER, None, SamplingConfig(), data.DataConfig())
+    rng = np.random.default_rng([seed, 0])
+    config = reprompt.with_templates(RepromptConfig(**options), templates or {})
+    drawn = rollouts(questions, texts)
+    return reprompt.reprompt(policy, questions, drawn, outcomes, rng, config)
 
 
 def decoded(result):

@@ -11,6 +11,7 @@ from test_train import ARCHITECTURE, code
 
 from pgpo_jax import config, data, hf, reprompt, tasks, train
 from pgpo_jax.reprompt import RepromptConfig
+from pgpo_jax.sampler import Policy, SamplingConfig
 from pgpo_jax.tasks import Outcome
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
@@ -109,7 +110,7 @@ def test_evidence_shows_the_right_answer_and_the_worst_wrong_one():
     texts = [["111111", "222222"], [questions[1].answer] * 2]
     rollouts = data.Rollouts(prompts, mask, empty, empty == 0, empty.astype(np.float32), texts)
     outcomes = [[Outcome(0.25), Outcome(0.0)], [Outcome(1.0)] * 2]
-    policy = Policy(None, task.tokenizer, None, SamplingConfig(), DataConfig())
+    policy = Policy(None, task.tokenizer, None, SamplingConfig(), data.DataConfig())
     config = reprompt.with_templates(RepromptConfig(), task.templates)
     shown = reprompt.show_answers(policy, questions, rollouts, outcomes, config)
 
