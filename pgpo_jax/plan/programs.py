@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pgpo_jax import hf, sampler, sharding
+from pgpo_jax import hf, models, sampler, sharding
 from pgpo_jax.config import Config
-from pgpo_jax.data import Batch, Evidence
+from pgpo_jax.data import Batch, Evidence, bucket
 from pgpo_jax.errors import InputError
 from pgpo_jax.logs import read_multipliers
 from pgpo_jax.methods import Judged
-from pgpo_jax.models import ModelConfig, decoder
+from pgpo_jax.models import ModelConfig
 from pgpo_jax.optimizer import make_optimizer
 from pgpo_jax.state import abstract_train_state, train_state_shardings
 from pgpo_jax.step import make_train_step
@@ -132,8 +132,8 @@ def row_count(config: Config) -> int:
 
 def abstract_params(setup: Setup) -> Any:
     """Shapes, types and shardings of the parameters."""
-    shapes = decoder.param_shapes(setup.architecture)
-    where = sharding.shardings(decoder.param_axes(setup.architecture), shapes, setup.mesh)
+    shapes = models.param_shapes(setup.architecture)
+    where = sharding.shardings(models.param_axes(setup.architecture), shapes, setup.mesh)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where
     )
@@ -141,7 +141,7 @@ def abstract_params(setup: Setup) -> Any:
 
 def _graphdef(setup: Setup) -> Any:
     options = dataclasses.replace(setup.config.model.options(), mesh=setup.mesh)
-    return decoder.make_graphdef(setup.architecture, options)
+    return models.make_graphdef(setup.architecture, options)
 
 
 def abstract_batch(setup: Setup) -> Batch:
@@ -191,17 +191,48 @@ def lower_train_step(setup: Setup, alpha: float | None = None) -> jax.stages.Low
     return train_step.lower(abstract_train_state(params, optimizer), abstract_batch(setup))
 
 
-def lower_decode(setup: Setup) -> jax.stages.Lowered:
-    """The decoding program of a run, its cache as long as it can become."""
-    columns = setup.prompt + setup.response
-    return sampler.lower_decode(
+def lower_sampler(setup: Setup) -> dict[str, sampler.Lowered]:
+    """The sampler's programs in a rollout of the worst batch, by name."""
+    return sampler.lower_programs(
         _graphdef(setup),
-        setup.mesh,
         abstract_params(setup),
-        setup.config.sampling,
-        slots=setup.slots,
-        columns=columns,
+        dataclasses.replace(setup.config.sampling, slots=setup.slots),
+        questions=setup.config.data.questions_per_step,
+        prompt_length=setup.prompt,
     )
+
+
+def whole_arrays(setup: Setup) -> list[dict[str, Any]]:
+    """Parameters whose axis the mesh was to split but does not divide; every device holds it whole.
+
+    Each with its name, the logical axis and its size, the mesh axis and its parts, and the bytes of
+    one device in float32; the optimizer and the teacher hold as much again for each of theirs.
+    """
+    shapes = jax.tree.leaves_with_path(models.param_shapes(setup.architecture))
+    axes = jax.tree.leaves(
+        models.param_axes(setup.architecture), is_leaf=lambda x: isinstance(x, tuple)
+    )
+    found = []
+    for (path, shape), names in zip(shapes, axes, strict=True):
+        where = sharding.spec(names, shape.shape, setup.mesh)
+        place = jax.sharding.NamedSharding(setup.mesh, where)
+        size = math.prod(place.shard_shape(shape.shape)) * shape.dtype.itemsize
+        for axis, length, used in zip(names, shape.shape, where, strict=True):
+            rule = sharding.RULES[axis] if axis is not None else None
+            over = (rule,) if isinstance(rule, str) else (rule or ())
+            parts = math.prod(setup.mesh.shape[name] for name in over)
+            if parts > 1 and used is None:
+                found.append(
+                    {
+                        "name": ".".join(str(key.key) for key in path),
+                        "axis": axis,
+                        "size": length,
+                        "mesh_axis": " x ".join(over),
+                        "parts": parts,
+                        "bytes": size,
+                    }
+                )
+    return found
 
 
 def shard_bytes(tree: Any) -> int:
@@ -227,7 +258,7 @@ def state_bytes(setup: Setup) -> dict[str, int]:
 def cache_bytes(setup: Setup) -> int:
     """Keys and values of a device's slots at their longest."""
     c, mesh = setup.architecture, setup.mesh
-    columns = setup.prompt + setup.response
+    columns = bucket(setup.prompt, 2**30) + setup.response  # as the sampler pads them
     dtype = setup.config.sampling.cache_dtype or setup.config.model.dtype
     heads = c.num_key_value_heads
     heads //= mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
@@ -243,7 +274,7 @@ def model_flops(setup: Setup) -> int:
     attention counts the keys that a query sees.
     """
     c = setup.architecture
-    layers = decoder.leaves(c)["layers"]
+    layers = models.leaves(c)["layers"]
     weights = sum(math.prod(leaf.shape) for name, leaf in layers.items() if name.endswith("_proj"))
 
     def forward(time: int) -> int:

@@ -25,7 +25,7 @@ from pgpo_jax.models import merge
 from pgpo_jax.sampler import decode
 from pgpo_jax.sampler.decode import Entry, compilations
 
-__all__ = ["Samples", "SamplingConfig", "compilations", "lower_decode", "sample"]
+__all__ = ["Samples", "SamplingConfig", "compilations", "lower_programs", "sample"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +135,9 @@ def sample(
     put = functools.partial(sharding.place, where=sharding.replicated(mesh))
     key_data = put(jax.random.key_data(key))
 
-    # Rows divide over the mesh; slots beyond the responses stay idle.
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    columns = tokens.shape[1]
-    slots = _round_up(min(config.slots or questions * group, questions * group), parts)
-    in_block = min(-(-slots // group), max(config.prefill_tokens // columns, 1))
-    queue = _Queue(tokens, lengths, limits, _round_up(in_block, parts))
-
-    ring = min(config.ring, longest)
+    sizes = _sizes(config, questions, tokens.shape[1], mesh)
+    slots, columns, ring, parts = sizes.slots, sizes.columns, sizes.ring, sizes.parts
+    queue = _Queue(tokens, lengths, limits, sizes.block)
     state, prefix = run.empty(slots=slots, columns=columns + ring), None
     shape = (questions * group, longest)
     out_tokens, out_mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -180,26 +175,89 @@ def sample(
     return Samples(place(out_tokens), place(out_mask), place(out_log_probs))
 
 
-def lower_decode(
-    graphdef: Any, mesh: Mesh, shapes: Any, config: SamplingConfig, *, slots: int, columns: int
-) -> jax.stages.Lowered:
-    """The decoding program for given sizes, ready to compile ahead of time without any data.
+class _Sizes(NamedTuple):
+    """What the compiled programs of a call depend on."""
+
+    parts: int  # the batch axes' devices, which slots and blocks divide over
+    slots: int
+    block: int  # questions prefilled at a time
+    columns: int  # of the prompts
+    ring: int  # the first one
+
+
+def _sizes(config: SamplingConfig, questions: int, columns: int, mesh: Mesh) -> _Sizes:
+    group, parts = config.num_samples, mesh.shape["data"] * mesh.shape["fsdp"]
+    # Rows divide over the mesh; slots beyond the responses stay idle.
+    slots = _round_up(min(config.slots or questions * group, questions * group), parts)
+    block = min(-(-slots // group), max(config.prefill_tokens // columns, 1))
+    ring = min(config.ring, config.max_response_length)
+    return _Sizes(parts, slots, _round_up(block, parts), columns, ring)
+
+
+class Lowered(NamedTuple):
+    """A program of sampling ready to be compiled, and what lives beside it."""
+
+    program: jax.stages.Lowered
+    beside: tuple[Any, ...]
+    """Trees of shapes with shardings that are neither its arguments nor its results."""
+
+
+def lower_programs(
+    graphdef: Any, shapes: Any, config: SamplingConfig, *, questions: int, prompt_length: int
+) -> dict[str, Lowered]:
+    """The programs that `sample` runs, each at its largest, to compile ahead of time without data.
 
     Args:
       graphdef: The model.
-      mesh: Devices or a topology's devices.
-      shapes: `jax.ShapeDtypeStruct` of the parameters, with their shardings.
+      shapes: `jax.ShapeDtypeStruct` of the parameters, with their shardings on a mesh of devices
+        or of a topology's devices.
       config: How to draw.
-      slots: Rows of the cache.
-      columns: Its columns: prompt and ring.
+      questions: Their number in a call.
+      prompt_length: Tokens of the longest prompt.
+
+    Returns:
+      In the order of a call: `weights` (made from the parameters), `prefill` (of a block of
+      questions), `enter` (into the slots), `grow` (to the longest ring; absent where the first one
+      is), `decode`. The parameters count with all of them, beside what is listed.
     """
+    mesh = _mesh_of(shapes)
     run, dtype = _programs(graphdef, shapes, mesh, config, "threefry2x32")
-    weights = _splitter(shapes, dtype, config.gather_weights).eval_shape(shapes)
-    state = run.empty.eval_shape(slots=slots, columns=columns)
+    sizes = _sizes(config, questions, bucket(prompt_length, 2**30), mesh)
     whole = sharding.replicated(mesh)
-    key_data = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
-    budget = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=whole)
-    return run.decode.lower(weights, state, key_data, budget)
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    def state(ring: int) -> Any:
+        return run.empty.eval_shape(slots=sizes.slots, columns=sizes.columns + ring)
+
+    split = _splitter(shapes, dtype, config.gather_weights)
+    weights = split.eval_shape(shapes)
+    block = array(sizes.block, sizes.columns), array(sizes.block, sizes.columns)
+    prefix = run.prefill.eval_shape(shapes, *block)
+    several = sizes.block < questions  # blocks: the one before lives until the next is there
+    refilled = sizes.slots < questions * config.num_samples  # after the ring has grown
+    row, longest = array(sizes.slots), config.max_response_length
+    copies = array(sizes.parts, sizes.slots // sizes.parts, 2)
+    assigned, number = array(sizes.slots, dtype=jnp.bool_), array(sizes.parts)
+    entry = Entry._make((assigned, *(row,) * 6, copies, number))
+    entered = state(longest if refilled else sizes.ring)
+    found = {
+        "weights": Lowered(split.lower(shapes), ()),
+        "prefill": Lowered(
+            run.prefill.lower(shapes, *block), (weights, entered, *(prefix,) * several)
+        ),
+        "enter": Lowered(run.enter.lower(entered, prefix, entry), (weights,)),
+    }
+    rings = [sizes.ring]
+    while rings[-1] < longest:
+        rings.append(min(2 * rings[-1], longest))
+    if len(rings) > 1:
+        before, columns = state(rings[-2]), sizes.columns
+        grow = run.grow.lower(before, prompt_columns=columns, columns=columns + longest)
+        found["grow"] = Lowered(grow, (weights, prefix))
+    decode = run.decode.lower(weights, state(longest), array(2, dtype=jnp.uint32), array(2))
+    return found | {"decode": Lowered(decode, (prefix,))}
 
 
 class _Queue:

@@ -2,6 +2,7 @@
 
 from pgpo_jax.sharding.mesh import (
     BATCH_AXES,
+    RULES,
     DistributedConfig,
     MeshConfig,
     agree_max,
@@ -23,6 +24,7 @@ from pgpo_jax.sharding.mesh import (
 
 __all__ = [
     "BATCH_AXES",
+    "RULES",
     "DistributedConfig",
     "MeshConfig",
     "agree_max",

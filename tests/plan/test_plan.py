@@ -11,9 +11,9 @@ import jax
 import pytest
 import yaml
 
-from pgpo_jax import config, plan
+from pgpo_jax import config, models, plan
 from pgpo_jax.errors import InputError
-from pgpo_jax.plan import chips, hlo_cost, programs, summary
+from pgpo_jax.plan import chips, hlo_cost, measure, programs
 
 KEYS = {
     *("topology", "chips", "mesh", "fits", "hbm_bytes", "per_chip", "flops_per_chip"),
@@ -69,8 +69,40 @@ def test_the_local_devices_can_be_planned_for(local):
     assert memory["optimizer"] > 2 * memory["parameters"] == 2 * memory["teacher"] > 0
     assert memory["total"] > memory["temporaries"] > 0
     assert local["collective_bytes_per_chip"] == sum(local["collective_bytes_by_kind"].values()) > 0
+    assert local["stays_whole"] == []
     assert local["estimated_step_seconds"] is None  # nobody knows the peak of a CPU
     json.dumps(local)
+
+
+def test_the_verdict_counts_the_largest_of_the_samplers_programs(local):
+    decode, memory = local["decode"], local["per_chip"]
+    resident = memory["parameters"] + memory["optimizer"] + memory["teacher"]
+    assert [*decode["programs"]] == ["weights", "prefill", "enter", "decode"]  # 24 need no growth
+    assert decode["total"] == max(decode["programs"].values())
+    assert min(decode["programs"].values()) > resident
+    for name in ("enter", "decode"):  # both hold weights, cache and prefix
+        assert decode["programs"][name] > resident + decode["weights"] + decode["cache"]
+    assert "fits" in plan.describe(local) and "not counted" in plan.describe(local)
+
+
+def test_a_chip_too_small_for_the_largest_program_alone_does_not_fit_and_names_it(
+    path, local, monkeypatch
+):
+    totals = local["decode"]["programs"] | {"train": local["per_chip"]["total"]}
+    name = max(totals, key=totals.get)
+    largest, second = sorted(totals.values())[:-3:-1]
+    small_chip(monkeypatch, int((largest + second) / 2 / chips.USABLE))
+    found = measure.measure(setup_on(path, 8))
+    assert not found["fits"]
+    assert ("train step" if name == "train" else f"`{name}`") in found["reason"]
+
+
+def test_arrays_that_a_mesh_axis_does_not_divide_are_named_with_their_bytes(path):
+    setup = setup_on(path, 8, "--mesh.fsdp", "1", "--mesh.tensor", "4", "--mesh.data", "2")
+    found = programs.whole_arrays(setup)  # two heads of keys and values over four devices
+    assert [array["name"] for array in found] == ["layers.k_proj", "layers.v_proj"]
+    assert {array["bytes"] for array in found} == {4 * 2 * 64 * 2 * 16}
+    assert (found[0]["axis"], found[0]["size"], found[0]["parts"]) == ("kv_heads", 2, 4)
 
 
 def test_alpha_costs_next_to_nothing_over_alpha_0(local):
@@ -167,13 +199,13 @@ def test_times_are_the_slowest_of_products_memory_and_collectives():
     ],
 )  # fmt: skip
 def test_what_a_program_would_need_is_read_from_the_compilers_refusal(message, needed):
-    assert summary._needed(message) == needed
+    assert measure._needed(message) == needed
 
 
 def test_known_hub_models_need_no_network():
     section = config.load(None, ["--model.path", "Qwen/Qwen3-8B"]).model
     architecture = programs.architecture_of(section)
-    shapes = jax.tree.leaves(programs.decoder.param_shapes(architecture))
+    shapes = jax.tree.leaves(models.param_shapes(architecture))
     assert sum(x.size for x in shapes) == 8_190_735_360  # as the model's card says: 8.2e9
     with pytest.raises(InputError, match=r"model\.path.*model\.architecture"):
         programs.architecture_of(dataclasses.replace(section, path="no/such-model"))

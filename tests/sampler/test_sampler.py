@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpo_jax import sampler, sharding
+from pgpo_jax import models, sampler, sharding
 from pgpo_jax.errors import InputError
-from pgpo_jax.models import decoder
 from pgpo_jax.sampler import SamplingConfig, decode
 
 VOCAB, WIDTH = 17, 9
-CONFIG = decoder.ModelConfig.from_hf(
+CONFIG = models.ModelConfig.from_hf(
     {
         "model_type": "qwen3",
         "vocab_size": VOCAB,
@@ -45,8 +44,8 @@ KEY = jax.random.key(5)
 
 
 def make(mesh=None):
-    options = decoder.Options(dtype=jnp.float32)
-    graphdef, params = decoder.init(CONFIG, options, jax.random.key(0), mesh)
+    options = models.Options(dtype=jnp.float32)
+    graphdef, params = models.init(CONFIG, options, jax.random.key(0), mesh)
     # Far from uniform, so that a wrong key or position shows.
     return graphdef, jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, params)
 
@@ -242,16 +241,18 @@ def test_a_16_bit_cache_and_model_stay_close(decoder, drawn):
     assert not np.array_equal(cached.log_probs, drawn.log_probs)
 
 
-def test_the_decoding_program_can_be_lowered_without_data(decoder):
+def test_the_programs_can_be_lowered_without_data(decoder):
     mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
-    shapes = decoder.param_shapes(CONFIG)
+    shapes = models.param_shapes(CONFIG)
     shapes = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
-        sharding.shardings(decoder.param_axes(CONFIG), shapes, mesh),
+        sharding.shardings(models.param_axes(CONFIG), shapes, mesh),
     )
-    lowered = sampler.lower_decode(decoder[0], mesh, shapes, SAMPLING, slots=8, columns=32)
-    assert "while" in lowered.as_text()
+    growing = dataclasses.replace(SAMPLING, ring=4)
+    lowered = sampler.lower_programs(decoder[0], shapes, growing, questions=2, prompt_length=9)
+    assert [*lowered] == ["weights", "prefill", "enter", "grow", "decode"]
+    assert "while" in lowered["decode"].program.as_text()
 
 
 # ---- the distribution ----

@@ -1,0 +1,202 @@
+"""Memory and work of one setup's compiled programs, and the verdict whether they fit a chip."""
+
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from pgpo_jax.plan import chips, hlo, hlo_cost, programs
+from pgpo_jax.plan.chips import Chip
+from pgpo_jax.plan.programs import Setup
+
+NOT_COUNTED = "rollouts of evaluation, the warm start, and copies that a save makes"
+"""Programs of a run that a plan does not compile."""
+
+
+class Compiled(NamedTuple):
+    """A program, and what one device needs to run it."""
+
+    module: hlo.Module
+    arguments: int
+    temporaries: int
+    total: int
+    seconds: float
+
+
+class OutOfMemory(Exception):
+    """The compiler could not place a program; holds the bytes it would need, if it said so."""
+
+    def __init__(self, needed: int | None):
+        super().__init__(needed)
+        self.needed = needed
+
+
+def compile_program(lowered: jax.stages.Lowered) -> Compiled:
+    """Compiles, and reads memory and operations.
+
+    Raises:
+      OutOfMemory: The program does not fit the chip, which the TPU compiler finds out by itself.
+    """
+    started = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
+            raise
+        raise OutOfMemory(_needed(str(error))) from error
+    memory: Any = compiled.memory_analysis()
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    parts = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return Compiled(
+        hlo.parse(compiled.as_text() or ""),
+        *parts,
+        sum(parts) + max(fresh, 0) + memory.generated_code_size_in_bytes,
+        time.perf_counter() - started,
+    )
+
+
+def _needed(message: str) -> int | None:
+    """Bytes from "... (53.11G) exceeds available HBM (15.75G)" or "Used 53.11G of 15.75G hbm"."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", message)
+    if found is None:
+        return None
+    value, unit = (part for part in found.groups() if part is not None)
+    return int(float(value) * 1024 ** ("KMGT".index(unit) + 1))
+
+
+def measure(setup: Setup) -> dict[str, Any]:
+    """Compiles a setup's programs; the part of the plan that depends on the mesh."""
+    chip, state = _chip(setup), programs.state_bytes(setup)
+    out: dict[str, Any] = {
+        "mesh": dict(setup.mesh.shape),
+        "micro_batches": setup.config.data.micro_batches,
+        "slots": setup.slots,
+        "fits": False,
+        "reason": None,
+        "per_chip": {**state, "activations": None, "temporaries": None, "total": None},
+        "stays_whole": programs.whole_arrays(setup),
+        "not_counted": NOT_COUNTED,
+    }
+    alone = sum(state.values())
+    if not _fits(alone, chip):
+        out["per_chip"]["total"] = alone
+        return out | {"reason": "student, teacher, optimizer and gradients alone are too large"}
+    try:
+        step = compile_program(programs.lower_train_step(setup))
+    except OutOfMemory as error:
+        out["per_chip"]["total"] = error.needed
+        return out | {"reason": "the train step is too large"}
+    out["per_chip"] |= {
+        "activations": max(step.temporaries - state["gradients"], 0),
+        "temporaries": step.temporaries,
+        "total": step.total,
+    }
+    out |= _train_work(setup, step)
+    out["decode"] = measure_decode(setup, alone - state["gradients"])
+    sizes = {"the train step": step.total}
+    for name, total in out["decode"]["programs"].items():
+        if total is None:
+            return out | {"reason": f"the sampler's program `{name}` is too large"}
+        sizes[f"the sampler's program `{name}`, beside the run's state,"] = total
+    largest = max(sizes, key=lambda name: sizes[name])
+    if not _fits(sizes[largest], chip):
+        return out | {"reason": f"{largest} is too large"}
+    return out | {"fits": True}
+
+
+def _train_work(setup: Setup, step: Compiled) -> dict[str, Any]:
+    """Operations, traffic and the least time of a compiled train step."""
+    chip = _chip(setup)
+    work, seconds = _work(hlo_cost.operations(step.module), chip)
+    useful, mfu = programs.model_flops(setup), None
+    if chip.peak_flops is not None and seconds["total"]:
+        mfu = useful / setup.mesh.size / chip.peak_flops / seconds["total"]
+    return work | {
+        "estimated_step_seconds": seconds["total"],
+        "estimated_seconds_by_part": seconds,
+        "estimated_mfu": mfu,
+        "model_flops": useful,
+        "compile_seconds": step.seconds,
+    }
+
+
+def measure_decode(setup: Setup, resident: int) -> dict[str, Any]:
+    """Memory of every program of a rollout, and the work of one token for every slot.
+
+    Args:
+      setup: What is compiled.
+      resident: Bytes of the run's state, which stay on every device meanwhile.
+
+    Returns:
+      `programs` holds each one's bytes with all that lives beside it, None where the compiler
+      could not place it; `total` the largest; what `decode` alone tells is absent without it.
+    """
+    parameters = programs.shard_bytes(programs.abstract_params(setup))
+    totals: dict[str, int | None] = {}
+    needed, decode = 0, None
+    for name, lowered in programs.lower_sampler(setup).items():
+        # The programs that read the parameters count them as arguments: they are the run's state.
+        counted = parameters if name in ("weights", "prefill") else 0
+        around = resident - counted + programs.shard_bytes(lowered.beside)
+        try:
+            compiled = compile_program(lowered.program)
+        except OutOfMemory as error:
+            totals[name] = None
+            needed = max(needed, around + (error.needed or 0))
+            break
+        totals[name] = around + compiled.total
+        needed = max(needed, around + compiled.total)
+        decode = compiled if name == "decode" else None
+    out = {"programs": totals, "total": needed, "cache": programs.cache_bytes(setup)}
+    if decode is None:
+        return out
+    work, seconds = _work(hlo_cost.open_loops(decode.module), _chip(setup))
+    each_call = chips.roofline(hlo_cost.operations(decode.module, 0), _chip(setup))["total"]
+    rollout = None
+    if seconds["total"] is not None and each_call is not None:
+        each = seconds["total"] + each_call / setup.config.sampling.chunk
+        rollout = each * setup.response * -(-setup.rows // setup.slots)
+    return out | {
+        "weights": decode.arguments - out["cache"],
+        "temporaries": decode.temporaries,
+        **work,
+        "seconds_per_token": seconds["total"],
+        "rollout_seconds": rollout,
+        "compile_seconds": decode.seconds,
+    }
+
+
+def overhead(setup: Setup, measured: dict[str, Any]) -> dict[str, float]:
+    """PGPO over SDPO: the same step compiled with the configured alpha and with alpha 0."""
+    if setup.config.optimizer.alpha == 0:
+        return {"pgpo_flops_ratio": 1.0, "pgpo_bytes_ratio": 1.0}
+    module = compile_program(programs.lower_train_step(setup, alpha=0.0)).module
+    cost = hlo_cost.total(hlo_cost.operations(module))
+    return {
+        "pgpo_flops_ratio": measured["flops_per_chip"] / cost.flops,
+        "pgpo_bytes_ratio": measured["bytes_per_chip"] / cost.bytes,
+    }
+
+
+def _fits(size: int, chip: Chip) -> bool:
+    return chip.hbm_bytes is None or size <= chips.USABLE * chip.hbm_bytes
+
+
+def _chip(setup: Setup) -> Chip:
+    return chips.chip_of(setup.mesh.devices.flat[0])
+
+
+def _work(
+    operations: Sequence[hlo_cost.Operation], chip: Chip
+) -> tuple[dict[str, Any], dict[str, float | None]]:
+    """Operations and traffic of one device, and the least seconds that they take."""
+    cost = hlo_cost.total(operations)
+    work = {
+        "flops_per_chip": cost.flops,
+        "bytes_per_chip": cost.bytes,
+        "collective_bytes_per_chip": sum(cost.collective_bytes.values()),
+        "collective_bytes_by_kind": cost.collective_bytes,
+    }
+    return work, chips.roofline(operations, chip)
