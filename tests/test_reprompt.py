@@ -13,7 +13,7 @@ from pgpo_jax import data, reprompt
 from pgpo_jax.errors import InputError
 from pgpo_jax.reprompt import RepromptConfig
 from pgpo_jax.sampler import Policy, SamplingConfig
-from pgpo_jax.tasks import Outcome, Question
+from pgpo_jax.tasks import Outcome, Question, exact, numeric
 
 CHAT = (
     "{%- for message in messages -%}[{{ message['role'] }}]{{ message['content'] }}"
@@ -281,3 +281,14 @@ def test_the_width_is_a_bucket():
 def test_unusable_settings_are_refused(options):
     with pytest.raises(InputError, match=f"reprompt.{next(iter(options))}: got"):
         RepromptConfig(**options)
+
+
+def test_wrong_answers_and_nothing_else_give_no_context():
+    outcomes = [numeric("<answer>3</answer>", "4"), exact("blue", "red")]
+    result = contexts(
+        [question("p", key="q")],
+        [["<answer>3</answer>", "blue"]],
+        [[outcome.reward for outcome in outcomes]],
+        [[outcome.feedback for outcome in outcomes]],
+    )
+    assert not result.has_context.any()

@@ -83,7 +83,9 @@ def read_gold(answer: str, row: Mapping[str, Any]) -> str:
     if _MISREAD.search(gold):
         raise ValueError("digits in a form that LaTeX takes for a product")
     plain = re.sub(r"\\[a-zA-Z]*(?:text|math|operatorname|begin|end)[a-z]*\s*\{[^{}]*\}", "", gold)
-    if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", _commands(plain)) or not gold:
+    # A word of three letters alone may be a product: xyz. math-verify knows `sqrt(`.
+    plain = _commands(re.sub(r"(?<![a-zA-Z])sqrt\(", "(", plain))
+    if re.search(r"(?<![\\a-zA-Z])(?![a-zA-Z]{3}$)[a-zA-Z]{3,}", plain) or not gold:
         raise ValueError("words beside mathematics")
     if not _pool.ask([_latex(gold), None], 30.0):
         raise ValueError("an expression that math-verify does not parse or not tell from others")
@@ -184,7 +186,8 @@ def _unit_at_end(text: str) -> Mapping[str, int]:
 
 def _compare(gold: str, given: str, seconds: float) -> bool | None:
     """Whether two expressions mean the same; None if that could not be found out."""
-    if gold == given:
+    plain = [re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip() for text in (gold, given)]
+    if plain[0] == plain[1]:
         return True
     equations = "=" in gold and "=" in given  # x = 5 is not y = 5
     if not equations:

@@ -165,6 +165,7 @@ _PART = (
     r"(?:hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths)"
 )
 _LEAD = [
+    (r"(?:^|\s)[^\W\d_]\s*[,;]\s*$", "a list"),
     (r"[<>≤≥≠]|\bnot\b|n['’]t\b", "no number but a bound on one"),
     (
         r"\b(?:at (?:least|most)|(?:more|less|fewer|greater|other|rather) than|up to|under|over|"
@@ -178,6 +179,7 @@ _LEAD = [
     (rf"\b{_MONTH}\s*$", "a date"),
 ]
 _REST = [
+    (r"[,;]\s*(?![aAI]\b)[^\W\d_](?![\w’'])", "a list"),
     (
         r"^!|[+*^|√±∓\\×·÷]|^\s*[-/]?\s*(?![aAI]\b)[^\W\d_](?![\w’'])|^\s*[-/]\s*(?:$|[^\w\s])",
         "an expression",
@@ -288,6 +290,9 @@ def _last_side(text: str) -> str:
     for side in sides[:-1]:
         # `x = 3, y = 5` and `m = 72 kg where g = 9.8` say more than one thing.
         after = re.search(r"[0-9](.*)", side, re.DOTALL)
+        variable = re.search(r"[0-9]([a-z])(?!\w)", side)
+        if variable and units.symbol(variable[1]) is None:
+            raise Unreadable("an equation")
         words = _WORD.findall(after[1]) if after and side is not sides[0] else []
         if (after and re.search(r"[,;]\s|\n|\b(?:and|or)\b", after[1])) or any(
             len(word) > 1 and units.symbol(word) is None for word in words
