@@ -85,6 +85,14 @@ class Config:
                 "importance weights and the policy gradient compare with the sampler's, unless "
                 "distillation.importance_cap is null and objective.policy is 0"
             )
+        if self.objective.policy:
+            for name, whole in (("top_p", 1), ("top_k", None)):
+                if (value := getattr(self.sampling, name)) != whole:
+                    raise InputError(
+                        f"sampling.{name}: got {value}; must be {fields.show(whole)} with "
+                        "objective.policy, whose ratio to the sampler's probabilities would stay "
+                        "below 1 wherever tokens were left out, clipped without a gradient"
+                    )
         if self.objective.policy and self.sampling.num_samples < 2:
             raise InputError(
                 f"sampling.num_samples: got {self.sampling.num_samples}; objective.policy compares "

@@ -1,6 +1,7 @@
 """The exception a user causes, the one that the world causes, and how a command reports them."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -55,12 +56,17 @@ def printable(text: str) -> str:
 def require(section: str, config: object, **rules: tuple[bool, str]) -> None:
     """Raises `InputError` for the first field of a config section whose rule does not hold.
 
+    Numbers must be finite in every section: an infinite setting has no meaning that another one
+    could not state, and ends as NaN parameters.
+
     Args:
       section: Name of the section, as in the configuration file; empty for the top level.
       config: The section's dataclass.
       **rules: Field name -> (whether the rule holds, the rule in words after "must be").
     """
-    for field, (holds, rule) in rules.items():
+    numbers = {name: value for name, value in vars(config).items() if isinstance(value, float)}
+    finite = {name: (math.isfinite(value), "finite") for name, value in numbers.items()}
+    for field, (holds, rule) in [*finite.items(), *rules.items()]:
         if not holds:
             name = f"{section}.{field}" if section else field
             raise InputError(f"{name}: got {getattr(config, field)!r}; must be {rule}")

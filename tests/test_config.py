@@ -1,6 +1,8 @@
 """Configurations: files, overrides, and one clear line for every mistake."""
 
 import pathlib
+import re
+from typing import get_args
 
 import pytest
 
@@ -47,6 +49,27 @@ def test_a_mistake_is_one_line_that_names_the_field(text, overrides, message, tm
     with pytest.raises(InputError) as error:
         config.load(str(path), overrides)
     assert message in str(error.value)
+
+
+FLOATS = [
+    name for name, kind in fields.kinds(config.Config).items() if float in (kind, *get_args(kind))
+]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [".inf", "-.inf"])
+def test_no_setting_may_be_infinite(name, value):
+    with pytest.raises(InputError, match=rf"^{re.escape(name)}: got -?inf; must be finite"):
+        config.load(None, [f"--{name}", value])
+
+
+@pytest.mark.parametrize("setting", [("top_p", "0.9"), ("top_k", "20")])
+def test_a_policy_gradient_is_refused_with_a_policy_that_leaves_tokens_out(setting):
+    name, value = setting
+    overrides = [f"--sampling.{name}", value]
+    config.load(None, overrides)  # the importance weights of a distillation correct for it
+    with pytest.raises(InputError, match=rf"sampling\.{name}: got {value}; must be .* objective"):
+        config.load(None, [*overrides, "--objective.policy", "0.5"])
 
 
 def test_a_missing_file_is_named():

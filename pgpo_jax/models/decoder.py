@@ -29,7 +29,9 @@ class Options:
     """How to compute, which does not change what is computed."""
 
     dtype: Any = jnp.bfloat16
-    """Type of the computation; parameters keep theirs."""
+    """Type of the computation; parameters keep theirs. The gradients of a layer's matrices are
+    products of this type, summed over tokens in float32 on a device and over devices in this type;
+    those of biases, norms and the output matrix are float32 throughout."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass computes again: nothing, everything, or all but matrix products."""
     attention: Kernel = "auto"
@@ -336,7 +338,7 @@ class Decoder(nnx.Module):
         for name in "qkv":
             y = _product(x, weights[f"{name}_proj"].astype(dtype))
             if arch.qkv_bias:
-                y = y + weights[f"{name}_bias"].astype(dtype)[None, None]
+                y = _add_bias(y, weights[f"{name}_bias"])
             if arch.qk_norm != "none" and name != "v":
                 y = _norm(y, weights[f"{name}_norm"], eps)
             out.append(y)
@@ -434,6 +436,25 @@ def _tensordot_backward(
 # product, for which a CPU first transposes the wider operand: a tenth of an update.
 _product: Any = jax.custom_vjp(_tensordot, nondiff_argnums=(2,))
 _product.defvjp(_tensordot_forward, _tensordot_backward)
+
+
+@jax.custom_vjp
+def _add_bias(x: Array, bias: Array) -> Array:
+    """The bias in the type of `x`; its gradient sums over all tokens in float32, where 16 bits
+    would lose 0.4 % at 4 thousand tokens and a tenth at half a million."""
+    return x + jnp.expand_dims(bias.astype(x.dtype), tuple(range(x.ndim - bias.ndim)))
+
+
+def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, Array]:
+    return _add_bias(x, bias), bias
+
+
+def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
+    rows = tuple(range(gradient.ndim - bias.ndim))
+    return gradient, jnp.sum(gradient, rows, dtype=jnp.float32).astype(bias.dtype)
+
+
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 # What a backward pass computes again at once: elementwise work, whose stored steps (five arrays for

@@ -57,7 +57,8 @@ def summarise(
     tokens = float(every["length"].sum())
     return {
         "reward/mean": means["reward"],
-        "reward/std": float(every["reward"].std()),
+        # The mean of equal fractions rounds; equal rewards have a deviation of 0.
+        "reward/std": float(every["reward"].std()) if np.ptp(every["reward"]) else 0.0,
         "reward/failed": means["failed"],
         "format": means["well_formed"],
         "success_group_fraction": float(every["success"].reshape(-1, samples).any(-1).mean()),

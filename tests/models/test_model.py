@@ -340,3 +340,16 @@ def test_unknown_keys_of_an_architecture_stated_in_a_run_are_refused():
 def test_unknown_options_are_refused(name):
     with pytest.raises(InputError, match=f"{name}: got 'some'; must be one of"):
         decoder.Options(**{name: "some"})
+
+
+def test_the_gradient_of_a_bias_sums_over_all_tokens_in_float32():
+    gradient = 1 + 0.01 * jnp.arange(8192, dtype=jnp.float32).reshape(2, 4096, 1, 1)
+    gradient = gradient.astype(jnp.bfloat16)
+    x, bias = jnp.zeros((2, 4096, 1, 1), jnp.bfloat16), jnp.zeros((1, 1))
+    value, pull = jax.vjp(decoder._add_bias, x, bias + 0.5)
+    assert value.dtype == jnp.bfloat16
+    to_x, to_bias = pull(gradient)
+    np.testing.assert_array_equal(to_x, gradient)
+    assert to_bias.dtype == jnp.float32
+    exact = np.asarray(gradient, np.float64).sum()
+    np.testing.assert_allclose(float(to_bias[0, 0]), exact, rtol=1e-6)
