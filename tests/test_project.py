@@ -107,6 +107,27 @@ def test_readme_states_the_two_commands_that_set_everything_up():
     assert "pip install -e '.[dev]' && pytest" in readme
 
 
+def test_readmes_tree_names_what_is_there_and_nothing_else():
+    tree = (ROOT / "README.md").read_text().split("```\npgpo_jax/")[1].split("```")[0]
+    tree = tree.split("\nconfigs/")[0]
+    named = set()
+    for name, rest in re.findall(r"── (\S+)(.*(?:\n│ .*)*)", tree):
+        named.add(name)
+        if name.endswith("/"):
+            inside = re.search(r"\(([\w, ]+)\)$", rest)
+            assert inside, f"README names no files of {name}"
+            named |= {name + part for part in inside[1].split(", ")}
+    package, there = ROOT / "pgpo_jax", set()
+    for path in package.iterdir():
+        if path.is_dir() and path.name != "__pycache__":
+            there.add(f"{path.name}/")
+            inner = {part.stem for part in path.iterdir() if not part.name.startswith("__")}
+            there |= {f"{path.name}/{part}" for part in inner}
+        elif path.suffix == ".py" and path.stem != "__init__":
+            there.add(path.name)
+    assert named == there
+
+
 def test_dependencies_have_a_lower_bound_and_an_upper_one_only_with_its_reason():
     lines = (ROOT / "pyproject.toml").read_text().splitlines()
     extras = {**PROJECT["project"]["optional-dependencies"]}

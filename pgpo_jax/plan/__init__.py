@@ -1,4 +1,4 @@
-"""A run on paper: what a configuration needs on devices that need not exist."""
+"""Plan of a run: memory, work and time on devices that need not exist, compiled ahead of time."""
 
 from pgpo_jax.plan.measure import compile_program
 from pgpo_jax.plan.summary import describe, main, plan

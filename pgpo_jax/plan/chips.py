@@ -1,4 +1,4 @@
-"""The chips that a plan can be made for, and the least time that work takes on them."""
+"""Chips that a plan can be made for, and the least time that work takes on them (roofline)."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Reads the text of a compiled module: computations, instructions, and how often loops run.
+"""HLO text of a compiled module, parsed: computations, instructions, how often loops run.
 
 `hlo_cost` counts with it. XLA's classes show no attribute of an instruction to Python, so the text,
 which has been stable for years, is what there is to read.

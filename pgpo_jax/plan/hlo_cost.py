@@ -1,4 +1,4 @@
-"""What a compiled module computes, moves and sends, its loops counted as often as they run.
+"""Cost of a compiled module: operations and bytes, loops counted as often as they run.
 
 XLA's own cost analysis counts a loop's body once, and layers, micro-batches and vocabulary chunks
 are all loops. Here the call graph is walked from the entry, a body as often as its trip count says.

@@ -1,4 +1,4 @@
-"""The programs of a run, ready to be compiled for devices that need not exist, and their sizes.
+"""Programs of a run, ready to be compiled for devices that need not exist, and their sizes.
 
 Arguments are shapes with shardings (`jax.ShapeDtypeStruct`): nothing is loaded and no memory used.
 """

@@ -1,4 +1,4 @@
-"""A run on paper: `python -m pgpo_jax.plan CONFIG [--topology v5p:4x4x4] [--section.field value]`.
+"""Plan of a run: `python -m pgpo_jax.plan CONFIG [--topology v5p:4x4x4] [--section.field value]`.
 
 Compiles the real train step and the sampler's real programs ahead of time, for a TPU slice on a
 machine without one (extra `plan`), or for the local devices without `--topology`; nothing is

@@ -1,4 +1,4 @@
-"""One page about one or several runs."""
+"""HTML page about one or several runs."""
 
 from pgpo_jax.report.page import main, report
 from pgpo_jax.report.samples import SHOWN
