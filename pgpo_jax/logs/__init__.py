@@ -13,7 +13,7 @@ from pgpo_jax.logs.reader import (
     read_samples,
     show_field,
 )
-from pgpo_jax.logs.writer import MetricsConfig, Writer, count_compilations
+from pgpo_jax.logs.writer import MetricsConfig, Writer
 
 __all__ = [
     "ABSENT",
@@ -29,7 +29,6 @@ __all__ = [
     "Watch",
     "Writer",
     "config_differences",
-    "count_compilations",
     "experiments",
     "follow",
     "read_multipliers",

@@ -21,14 +21,12 @@ import math
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -308,23 +306,6 @@ class Writer:
             file.close()
         for tracker in self._trackers:
             tracker.close()
-
-
-@contextlib.contextmanager
-def count_compilations() -> Iterator[Counter[str]]:
-    """Yields a count of what XLA compiles meanwhile, by the name of the jitted function."""
-    counts: Counter[str] = Counter()
-
-    def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        del duration_secs
-        if event == "/jax/core/compile/backend_compile_duration":
-            counts[str(kwargs.get("fun_name"))] += 1
-
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    try:
-        yield counts
-    finally:
-        jax.monitoring.unregister_event_duration_listener(heard)
 
 
 class Tracker(NamedTuple):

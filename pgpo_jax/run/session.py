@@ -10,8 +10,9 @@ import jax
 from pgpo_jax import sharding
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.errors import InputError, RunError, printable
-from pgpo_jax.logs import End, Watch, Writer, count_compilations
+from pgpo_jax.logs import End, Watch, Writer
 from pgpo_jax.run import reactions
+from pgpo_jax.run.compilations import count_compilations
 from pgpo_jax.run.evaluation import evaluate_run
 from pgpo_jax.run.setup import Run, checkpoint_folder, describe
 from pgpo_jax.run.signals import stop_on_signals
