@@ -125,8 +125,14 @@ def fill(template: str, **values: str) -> str:
 
 
 def remove_thinking(text: str) -> str:
-    """Removes every closed `<think>...</think>` block and the white space after it."""
+    """Removes every closed `<think>...</think>` block and the white space after it.
+
+    A `</think>` that nothing in the text opens closes a block that the chat template opened.
+    """
     kept, start = [], 0
+    first = text.find("</think>")
+    if first >= 0 and not 0 <= text.find("<think>") < first:
+        text = text[first + len("</think>") :].lstrip()
     # Not a lazy regular expression: many unclosed blocks would make it quadratic.
     while (opening := text.find("<think>", start)) >= 0:
         closing = text.find("</think>", opening)

@@ -92,7 +92,7 @@ def _prepare(config: Config) -> tuple[Run, str]:
     if config.evaluation.every:
         held_out(run.task, config.evaluation)
     _indices(run, 0)
-    return run, claim_folder(config)
+    return run, claim_folder(run.config)
 
 
 def _begin(run: Run, session: Session, changes: str) -> tuple[Run, TrainState]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pgpo_jax import data, sharding
+from pgpo_jax import data, hf, sharding
 from pgpo_jax.errors import InputError, require
 from pgpo_jax.models import merge
 from pgpo_jax.optimizer import init_state
@@ -125,9 +125,17 @@ def _encode(
     )
     texts = [example.response for example in examples]
     responses = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    responses = [[*row, tokenizer.eos_token_id] for row in responses]
+    end = _end_token(policy)
+    responses = [[*row, end] for row in responses]
     width, time = sharding.agree_max([max(map(len, prompts)), max(map(len, responses))])
     return (
         *data.left_pad(prompts, data.bucket(width, reprompt.max_length)),
         *data.right_pad(responses, time if time < 16 else data.bucket(time, 2**30)),
     )
+
+
+def _end_token(policy: Policy) -> int:
+    """The token that a worked response ends with: one that ends a response of the sampler."""
+    ends = policy.sampling.end_tokens
+    usual = (hf.turn_end(policy.tokenizer), policy.tokenizer.eos_token_id)
+    return next((token for token in usual if token in ends), ends[0])

@@ -4,6 +4,7 @@ from pgpo_jax.data.order import batch_indices
 from pgpo_jax.data.packing import Packed
 from pgpo_jax.data.records import Batch, Contexts, DataConfig, Evidence, Rollouts, make_batch
 from pgpo_jax.data.tokens import (
+    CLOCK,
     bucket,
     encode,
     left_pad,
@@ -14,6 +15,7 @@ from pgpo_jax.data.tokens import (
 )
 
 __all__ = [
+    "CLOCK",
     "Batch",
     "Contexts",
     "DataConfig",

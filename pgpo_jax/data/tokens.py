@@ -6,6 +6,7 @@ step compiles for a handful of shapes and no more.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from jaxtyping import Bool, Int
 from pgpo_jax.errors import InputError
 
 Host = np.ndarray
+CLOCK = "strftime_now"
+"""The chat templates' clock: as an option it is a date, at which the clock stands."""
 
 
 def bucket(length: int, maximum: int, least: int = 16) -> int:
@@ -51,12 +54,15 @@ def render(
             for a tokenizer without a chat template.
     """
     if getattr(tokenizer, "chat_template", None):
+        options = dict(template_options or {})
+        if isinstance(options.get(CLOCK), str):
+            options[CLOCK] = _date(options[CLOCK]).strftime
         try:
             text = tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=True,
-                **(template_options or {}),
+                **options,
             )
         except ImportError:
             raise
@@ -76,11 +82,39 @@ def render(
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Tokens of rendered prompts. A chat template writes its special tokens itself."""
+    """Tokens of rendered prompts, each ready to be continued.
+
+    A chat template writes its special tokens itself. Without one the tokenizer's opening tokens
+    stand before the text (unless it begins with them); its closing ones, such as an end token,
+    never stand after it: a response begins there.
+    """
     if not texts:
         return []
-    special = not getattr(tokenizer, "chat_template", None)
-    return [list(row) for row in tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
+    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    opening = [] if getattr(tokenizer, "chat_template", None) else _opening(tokenizer)
+    return [
+        [*([] if list(row[: len(opening)]) == opening else opening), *row] if opening else list(row)
+        for row in rows
+    ]
+
+
+def _date(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise InputError(
+            f"data.template_options: got {CLOCK} {text!r}; must be a date, as 2026-01-31"
+        ) from error
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer writes before a text."""
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return list(whole[:start])
+    return []  # it adds none that can be told from the text
 
 
 def encode(

@@ -2,7 +2,7 @@
 
 from pgpo_jax.hf.load import Model, ModelSection, from_section, load, load_config
 from pgpo_jax.hf.save import save
-from pgpo_jax.hf.tokenizer import end_tokens, load_tokenizer
+from pgpo_jax.hf.tokenizer import end_tokens, load_tokenizer, turn_end
 
 __all__ = [
     "Model",
@@ -13,4 +13,5 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "save",
+    "turn_end",
 ]

@@ -64,7 +64,13 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a checkpoint."""
+    """The safetensors files that make up a checkpoint, as `transformers` chooses them.
+
+    A whole file comes before an index and its shards, which an earlier save may have left there.
+    """
+    single = folder / "model.safetensors"  # some repositories hold other forms beside it
+    if single.is_file():
+        return [single]
     if (folder / INDEX).is_file():
         places = read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
@@ -82,8 +88,7 @@ def _files(folder: Path) -> list[Path]:
                 "fetch what is missing"
             )
         return [folder / name for name in names]
-    single = folder / "model.safetensors"  # some repositories hold other forms beside it
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"model.path: got {folder} without *.safetensors; convert it to these")
     return files

@@ -49,3 +49,25 @@ def end_tokens(*sources: Any) -> tuple[int, ...]:
         for value in stated:
             ends.update((value,) if isinstance(value, int) else value or ())
     return tuple(sorted(ends))
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The token with which the chat template ends an assistant's turn.
+
+    Base models with a chat template often state another end token than the one that ends a turn
+    (Qwen2.5: `<|endoftext|>` and `<|im_end|>`); a response that ends its turn must end.
+
+    Returns:
+      Its id; None without a chat template, or where a turn ends with plain text or with nothing.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    mark = "the-answer-stands-here"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # templates raise whatever jinja or their author chose
+        return None
+    after = text.rpartition(mark)[2].lstrip()
+    tokens = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None

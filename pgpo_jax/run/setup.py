@@ -1,6 +1,7 @@
 """Setup of a run: the processes, the devices and all that a configuration names, loaded."""
 
 import dataclasses
+import datetime
 import os
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ import jax
 from jax.sharding import Mesh
 
 from pgpo_jax import hf, sharding, tasks
-from pgpo_jax.config import Config
+from pgpo_jax.config import Config, load
+from pgpo_jax.data import CLOCK
 from pgpo_jax.errors import InputError
 from pgpo_jax.models import GraphDef
 from pgpo_jax.reprompt import RepromptConfig, with_templates
@@ -59,6 +61,7 @@ def load_run(config: Config, mesh: Mesh | None = None) -> Run:
         raise InputError(
             f"model.path: got none; task {task.name} brings no tokenizer, so give a checkpoint"
         )
+    config = _with_date(config, tokenizer)
     sampling = _complete(config, tokenizer)
     reprompt = with_templates(config.reprompt, task.templates)
     check_run(task, model.config, tokenizer, sampling, config.data, reprompt)
@@ -69,14 +72,40 @@ def load_run(config: Config, mesh: Mesh | None = None) -> Run:
     return _with_teacher(run, model.config.vocab_size)
 
 
+def _with_date(config: Config, tokenizer: Any) -> Config:
+    """The configuration with the date of the run's first day, if the chat template has a clock.
+
+    It stands in the run's config.yaml as an option of the template, so that a run that is resumed
+    on another day asks the same prompts.
+    """
+    options = config.data.template_options
+    if "strftime_now" not in str(getattr(tokenizer, "chat_template", None)):
+        return config
+    if options.keys() & {CLOCK, "date_string"}:
+        return config
+    path, date = os.path.join(config.output_dir, "config.yaml"), None
+    if os.path.exists(path):
+        date = load(path).data.template_options.get(CLOCK)
+    if date is None:
+        (day,) = sharding.agree_max([datetime.date.today().toordinal()])
+        date = datetime.date.fromordinal(day).isoformat()
+    frozen = dataclasses.replace(config.data, template_options={**options, CLOCK: date})
+    return dataclasses.replace(config, data=frozen)
+
+
 def _complete(config: Config, tokenizer: Any) -> SamplingConfig:
     """The sampling section with the model's end tokens and vocabulary."""
     sampling = config.sampling
     if not sampling.end_tokens:
-        ends = hf.end_tokens(config.model.path, tokenizer)
-        sampling = dataclasses.replace(sampling, end_tokens=ends)
+        ends = {*hf.end_tokens(config.model.path, tokenizer)}
+        if (turn_end := hf.turn_end(tokenizer)) is not None:
+            ends.add(turn_end)
+        sampling = dataclasses.replace(sampling, end_tokens=tuple(sorted(ends)))
     if sampling.vocab_size is None:  # rows beyond the tokenizer's are padding
-        sampling = dataclasses.replace(sampling, vocab_size=len(tokenizer))
+        largest = max(
+            tokenizer.get_vocab().values(), default=0
+        )  # ids may have gaps: not its length
+        sampling = dataclasses.replace(sampling, vocab_size=largest + 1)
     return sampling
 
 

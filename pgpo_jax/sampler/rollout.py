@@ -117,6 +117,9 @@ def _texts(tokenizer: Any, responses: np.ndarray, mask: np.ndarray) -> list[list
         for group, kept in zip(responses, mask, strict=True)
         for row, keep in zip(group, kept, strict=True)
     ]
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    # Exactly what was drawn, whatever the tokenizer's settings say of spaces before punctuation.
+    texts = tokenizer.batch_decode(
+        rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     samples = responses.shape[1]
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]
