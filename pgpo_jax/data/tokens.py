@@ -7,6 +7,7 @@ step compiles for a handful of shapes and no more.
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,8 +56,8 @@ def render(
     """
     if getattr(tokenizer, "chat_template", None):
         options = dict(template_options or {})
-        if isinstance(options.get(CLOCK), str):
-            options[CLOCK] = _date(options[CLOCK]).strftime
+        if CLOCK in options:
+            options["chat_template"] = _stop_clock(tokenizer, options.pop(CLOCK))
         try:
             text = tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -98,13 +99,23 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     ]
 
 
-def _date(text: str) -> datetime.date:
+def _stop_clock(tokenizer: Any, date: Any) -> str:
+    """The chat template with the date in the place of every look at the clock."""
     try:
-        return datetime.date.fromisoformat(text)
+        day = datetime.date.fromisoformat(str(date))
     except ValueError as error:
         raise InputError(
-            f"data.template_options: got {CLOCK} {text!r}; must be a date, as 2026-01-31"
+            f"data.template_options: got {CLOCK} {date!r}; must be a date, as 2026-01-31"
         ) from error
+    # The renderer takes no functions from its caller, so the template itself is changed.
+    call = re.compile(rf"{CLOCK}\(\s*(['\"])(.*?)\1\s*\)")
+    template = call.sub(lambda found: repr(day.strftime(found[2])), tokenizer.get_chat_template())
+    if f"{CLOCK}(" in template:
+        raise InputError(
+            "model.path: the chat template reads the clock in a form that cannot be stopped at a "
+            "date, so a resumed run would ask other prompts; state the date in the template"
+        )
+    return template
 
 
 def _opening(tokenizer: Any) -> list[int]:
