@@ -93,6 +93,12 @@ class Config:
                         "objective.policy, whose ratio to the sampler's probabilities would stay "
                         "below 1 wherever tokens were left out, clipped without a gradient"
                     )
+        if self.alarms.reaction == "refresh_teacher" and self.teacher.path is not None:
+            raise InputError(
+                "alarms.reaction: got refresh_teacher; the teacher is another model "
+                f"(teacher.path = {self.teacher.path}), which the student cannot replace: choose "
+                "another reaction, or teacher.path null"
+            )
         if self.objective.policy and self.sampling.num_samples < 2:
             raise InputError(
                 f"sampling.num_samples: got {self.sampling.num_samples}; objective.policy compares "

@@ -89,3 +89,13 @@ def test_help_lists_every_field(capsys):
     text = capsys.readouterr().out
     missing = [name for name in fields.kinds(config.Config) if f"--{name}" not in text]
     assert not missing
+
+
+@pytest.mark.parametrize("others", [[], ["--alarms.stop_on", "[flat]"]])
+def test_a_teacher_that_is_another_model_is_never_replaced_by_the_student(others):
+    reaction = ["--alarms.reaction", "refresh_teacher", *others]
+    config.load(None, reaction)
+    teacher = ["--teacher.path", "elsewhere", "--teacher.refresh", "frozen"]
+    config.load(None, teacher)
+    with pytest.raises(InputError, match=r"alarms\.reaction: got refresh_teacher; .*teacher\.path"):
+        config.load(None, [*reaction, *teacher])
