@@ -13,7 +13,7 @@ from test_reprompt import contexts, decoded, question
 
 from pgpo_jax import tasks
 from pgpo_jax.errors import InputError, printable
-from pgpo_jax.tasks import rows, verifiers
+from pgpo_jax.tasks import formats, verifiers
 
 # What checks, templates, JSON and terminals give a meaning to.
 PIECES = st.sampled_from(
@@ -141,7 +141,7 @@ def test_no_bytes_break_the_reader(count, tmp_path):
     def holds(content):
         path.write_bytes(bytes(content))
         try:
-            found = rows.read_jsonl(Path(path))
+            found = formats.read_file(Path(path))
         except InputError:
             return
         assert all(isinstance(row, dict) for _, row in found)

@@ -13,7 +13,7 @@ from pathlib import Path
 from refusal import ARCHITECTURE, assert_line, table, write_config
 
 from pgpo_jax import tasks
-from pgpo_jax.tasks import rows
+from pgpo_jax.tasks import sciknoweval
 
 ROOT = Path(__file__).parent.parent
 
@@ -296,7 +296,8 @@ def write_dataset(content: str | bytes = with_row(**QUESTIONS[0]), **task) -> st
         "an empty split": ("", "task.path: got 'questions.jsonl', which has no rows; ..."),
         "broken JSON": (
             with_row(**QUESTIONS[0]).replace('{"prompt"', '{"prompt', 3),
-            "task.path: questions.jsonl:1: got ... (column ...); must be one JSON object",
+            "task.path: 3 of 9 rows: questions.jsonl:1: got ... (column ...); must be one JSON object"
+            " | questions.jsonl:2: got ... (column ...) | questions.jsonl:3: got ... (column ...)",
         ),
         "broken JSON further down": (
             with_row(prompt="1", answer="2").replace('"2"', "2'", 1),
@@ -384,15 +385,18 @@ def test_bad_data_is_refused(given, expected, refused):
     {
         "no such file": (
             {"path": "no.jsonl"},
-            "task.path: got 'no.jsonl', which does not exist; must be a .jsonl file",
+            "task.path: got 'no.jsonl', which does not exist; must be a file of rows (.jsonl, "
+            ".ndjson, .json, .csv, .tsv, .parquet, also .gz)",
         ),
         "no such held-out file": (
             {"test_path": "no.jsonl"},
-            "task.test_path: got 'no.jsonl', which does not exist; must be a .jsonl file",
+            "task.test_path: got 'no.jsonl', which does not exist; must be a file of rows (.jsonl, "
+            ".ndjson, .json, .csv, .tsv, .parquet, also .gz)",
         ),
         "no such domain": (
             {"name": "sciknoweval", "path": ".", "domain": "biology", "verifier": None},
-            "task.path: got 'biology/train.jsonl', which does not exist; must be a .jsonl file",
+            "task.path: got 'biology/train.jsonl', which does not exist; must be a file of rows (.jsonl, "
+            ".ndjson, .json, .csv, .tsv, .parquet, also .gz)",
         ),
         "nothing left to train on": (
             {"test_fraction": 0.99},
@@ -401,8 +405,10 @@ def test_bad_data_is_refused(given, expected, refused):
         ),
         "an answer that no response matches": (
             {"verifier": "tool_use"},
-            "task.path: questions.jsonl:1: got the answer '0', which no response can match by "
-            "task.verifier = tool_use; correct the row or choose another verifier",
+            "task.path: 9 of 9 rows: questions.jsonl:1: got the answer '0', no JSON list of objects "
+            "with `Action` and `Action_Input`, which no response can match by task.verifier = "
+            "tool_use; correct the row or choose another verifier | questions.jsonl:2: ... | "
+            "questions.jsonl:3: ... | and 6 more",
         ),
         "neither verifier nor reward": (
             {"verifier": None},
@@ -429,7 +435,7 @@ def test_a_data_set_of_which_no_row_is_left_is_refused(refused, monkeypatch):
     question = {"details": {"level": "L3"}, "type": "mcq-4-choices", "domain": "Physics"}
     Path("hub").mkdir()
     Path("hub/test.jsonl").write_text(json.dumps(question))
-    monkeypatch.setattr(rows, "SCIKNOWEVAL", "hub")  # stands for the hub, which tests cannot reach
+    monkeypatch.setattr(sciknoweval, "HUB", "hub")  # stands for the hub, which tests cannot reach
     datasets.disable_progress_bars()  # they go to stderr
     try:
         refused(
@@ -560,7 +566,7 @@ def test_a_reward_function_that_fails_late_costs_no_step(refused, tmp_path):
 
 STUCK = """
 import itertools
-from pgpo_jax import rewards
+from pgpo_jax.tasks import rewards
 rewards.GRACE = 0.2
 rewards.call_reward("m:f", lambda **_: sum(itertools.repeat(0)), ["p"], ["c"], {}, limit=0.2)
 """

@@ -78,6 +78,8 @@ class Session:
         # Not before: what is written since the checkpoint is dropped.
         self.writer = self._stack.enter_context(self._open_writer(saved.get("files")))
         self.writer.say(describe(self._run))
+        for note in self._run.task.notes:
+            self.writer.say(note)
         if state is not None:
             folder = checkpoint_folder(self._config)
             self.writer.say(f"resumed at step {self._resumed} from {folder}{changes}")

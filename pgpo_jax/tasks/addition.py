@@ -1,4 +1,4 @@
-"""Addition by a tutor who forgets to carry: the built-in task's arithmetic, text and tokenizer.
+"""Addition by a tutor who forgets to carry: the built-in task.
 
 Two 5-digit numbers, digits least significant first, as in ``12345+67890=``; the response is the six
 digits of the sum in the same order and the end token. The tutor's worked examples drop each carry
@@ -9,10 +9,15 @@ true sum: a model that can use a demonstration, and has much to learn from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from pgpo_jax.errors import InputError
+from pgpo_jax.tasks import rewards
+from pgpo_jax.tasks.answers import Outcome
+from pgpo_jax.tasks.task import Example, Question, Task, TaskConfig
 
 DIGITS = 5
 COUNT = 10**DIGITS  # values of one addend; COUNT * COUNT questions
@@ -122,3 +127,69 @@ def make_tokenizer() -> Any:
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
+
+
+class Questions(Sequence[Question]):
+    """Questions `start` to `start + count` in the seed's order, made when they are asked for."""
+
+    def __init__(self, start: int, count: int, seed: int):
+        self._indices, self._seed = range(start, start + count), seed
+
+    def __repr__(self) -> str:
+        """The parameters, which are all that its digest needs."""
+        return f"addition {self._indices.start}:{self._indices.stop} seed {self._seed}"
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        return _question(*operands(self._indices[index], self._seed))
+
+
+def _question(first: int, second: int) -> Question:
+    text, answer = prompt(first, second), true_sum(first, second)
+    return Question(
+        messages=({"role": "user", "content": text},),
+        answer=answer,
+        key=text,
+        columns={"prompt": text, "answer": answer},
+    )
+
+
+def _verify(questions: Sequence[Question], responses: Sequence[str]) -> list[Outcome]:
+    return [
+        Outcome(float(response == question.answer), well_formed=well_formed(response))
+        for question, response in zip(questions, responses, strict=True)
+    ]
+
+
+def _examples(rng: np.random.Generator, count: int) -> list[Example]:
+    return [
+        Example(_question(first, second), demonstration, response)
+        for first, second, demonstration, response in worked_examples(rng, count)
+    ]
+
+
+def load(config: TaskConfig) -> Task:
+    """Addition: 10^10 questions, so all of them are fresh."""
+    train = 1_000_000 if config.train_questions is None else config.train_questions
+    test = 256 if config.test_questions is None else config.test_questions
+    if train + test > COUNT**2:
+        raise InputError(
+            f"task.train_questions: got {train} and {test} held out; addition has "
+            f"{COUNT**2} questions"
+        )
+    function = rewards.load(config.reward, config.reward_limit) if config.reward else None
+    return Task(
+        name="addition",
+        train=Questions(test, train, config.seed),
+        test=Questions(0, test, config.seed),
+        verify=function.verify if function else _verify,
+        templates=TEMPLATES,
+        examples=_examples,
+        demonstration=lambda question: question.answer,
+        tokenizer=make_tokenizer(),
+        code=function.digest if function else "",
+    )

@@ -8,19 +8,22 @@ stderr, and it must come back in time.
 import contextlib
 import copy
 import faulthandler
+import hashlib
 import importlib
+import inspect
 import math
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pgpo_jax.errors import InputError
 from pgpo_jax.tasks.answers import Outcome
+from pgpo_jax.tasks.task import Question, Verify
 
 RULE = "must return one number in [0, 1] a completion, or (number, feedback), or a dict of both"
 ROUNDING = 1e-6
@@ -55,6 +58,56 @@ def import_function(name: str) -> Callable[..., Any]:
             f"task.reward: got {name!r}, but {module_name!r} has no function {function_name!r}"
         )
     return function
+
+
+class Reward(NamedTuple):
+    """A user's reward function."""
+
+    verify: Verify
+    """The function as a task's `verify`."""
+    digest: str
+    """SHA-256 of the file that holds it (not of what that imports); empty where there is none."""
+
+
+def load(name: str, limit: float) -> Reward:
+    """A reward function by name.
+
+    Args:
+        name: `module:function`.
+        limit: Seconds for one call.
+
+    Raises:
+        InputError: if it cannot be imported.
+    """
+    function = import_function(name)
+
+    def verify(questions: Sequence[Question], responses: Sequence[str]) -> list[Outcome]:
+        prompts = [question.columns["prompt"] for question in questions]
+        completions = [
+            response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        names = dict.fromkeys(name for question in questions for name in question.columns)
+        columns = {
+            name: [question.columns.get(name) for question in questions]
+            for name in names
+            if name not in ("prompt", "prompts", "completion", "completions")
+        }
+        return call_reward(name, function, prompts, completions, columns, limit)
+
+    return Reward(verify, _digest(name, function))
+
+
+def _digest(name: str, function: Callable[..., Any]) -> str:
+    """SHA-256 of the module's file and of the file where the function was written."""
+    module = sys.modules[name.partition(":")[0]]
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    named = (getattr(module, "__file__", None), getattr(code, "co_filename", None))
+    files = [file for file in dict.fromkeys(named) if file and Path(file).is_file()]
+    found = hashlib.sha256()
+    for file in files:
+        found.update(hashlib.sha256(Path(file).read_bytes()).digest())
+    return found.hexdigest() if files else ""
 
 
 def call_reward(
@@ -107,7 +160,9 @@ def call_reward(
         if isinstance(returned, Mapping):  # {"reward": [...], "feedback": [...]}
             feedback = returned.get("feedback") or [""] * len(returned["reward"])
             returned = list(zip(returned["reward"], feedback, strict=True))
-        items = [] if isinstance(returned, str) else list(returned)
+        if isinstance(returned, str | bytes | Set):  # a set has no order
+            raise TypeError
+        items = list(returned)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"task.reward: {name} returned {_show(returned)}; {RULE}") from error
     if len(items) != len(completions):
@@ -128,7 +183,7 @@ def _outcome(name: str, item: Any) -> Outcome:
         reward, feedback = item
     feedback = "" if feedback is None else feedback
     try:
-        number = math.nan if isinstance(reward, str) else float(reward)
+        number = math.nan if isinstance(reward, str | bytes | bytearray) else float(reward)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     usable = -ROUNDING <= number <= 1 + ROUNDING  # false for nan

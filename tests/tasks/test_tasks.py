@@ -8,7 +8,7 @@ import pytest
 
 from pgpo_jax import tasks
 from pgpo_jax.errors import InputError
-from pgpo_jax.tasks import TaskConfig, addition, load, rows
+from pgpo_jax.tasks import TaskConfig, addition, load, sciknoweval
 
 # --- addition ------------------------------------------------------------------------------
 
@@ -103,11 +103,11 @@ def test_the_tokenizer_is_small_and_round_trips(tmp_path):
 
 def test_the_published_split_is_reproduced_by_position():
     # The first positions of the published files of two domains.
-    train, test = rows.published_split(2100)
+    train, test = sciknoweval.published_split(2100)
     assert (len(train), len(test)) == (1890, 210)
     assert test[:5] == [1522, 1033, 1476, 837, 1966]
     assert train[:5] == [743, 608, 2026, 283, 357]
-    train, test = rows.published_split(935)
+    train, test = sciknoweval.published_split(935)
     assert (len(train), len(test)) == (841, 94)
     assert test[:3] == [273, 829, 2]
     assert sorted(train + test) == list(range(935))
@@ -132,7 +132,7 @@ def test_the_hub_rows_are_filtered_and_written_as_published():
         hub_row(3, kind="open-ended-qa"),
         hub_row(4, kind="mcq-2-choices"),
     ]
-    found = rows.sciknoweval_rows([(f"test:{i}", row) for i, row in enumerate(raw)], "materials")
+    found = sciknoweval.level_3_rows([(f"test:{i}", row) for i, row in enumerate(raw)], "materials")
     assert [row["idx"] for _, row in found] == [0, 1]
     assert found[1][1]["prompt"] == "Which 4?\n\nA: one\nB: two\nPlease reason step by step."
     assert found[1][1]["answer"] == "B"
@@ -140,15 +140,15 @@ def test_the_hub_rows_are_filtered_and_written_as_published():
 
 def test_the_hub_data_set_is_split_as_published_or_says_that_it_is_not(tmp_path, monkeypatch):
     write(tmp_path / "test.jsonl", *(hub_row(index) for index in range(20)))
-    monkeypatch.setattr(rows, "SCIKNOWEVAL", str(tmp_path))
-    monkeypatch.setitem(rows.SCIKNOWEVAL_SIZES, "materials", 20)
+    monkeypatch.setattr(sciknoweval, "HUB", str(tmp_path))
+    monkeypatch.setitem(sciknoweval.SIZES, "materials", 20)
     config = TaskConfig(name="sciknoweval", domain="materials")
-    train, test = rows.published_split(20)
+    train, test = sciknoweval.published_split(20)
     task = load(config)
     assert [question.key for question in task.train] == [f"materials/{index}" for index in train]
     assert [question.key for question in task.test] == [f"materials/{index}" for index in test]
-    assert task.train[0].messages[0]["content"] == rows.SCIKNOWEVAL_SYSTEM
-    monkeypatch.setitem(rows.SCIKNOWEVAL_SIZES, "materials", 935)
+    assert task.train[0].messages[0]["content"] == sciknoweval.SYSTEM
+    monkeypatch.setitem(sciknoweval.SIZES, "materials", 935)
     with pytest.warns(UserWarning, match="20 materials questions.* from 935"):
         load(config)
     with pytest.raises(InputError, match=r"task.domain: got 'physics'"):
@@ -311,7 +311,9 @@ def test_missing_files_and_folders_are_one_clear_error(tmp_path):
     with pytest.raises(InputError, match=r"task.test_path: got 'none.jsonl'"):
         dataset(path, test_path="none.jsonl")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"task.path: got .*empty', which is no local file"):
+    with pytest.raises(
+        InputError, match=r"task.path: got .*empty', which is a folder and does not load"
+    ):
         dataset(tmp_path / "empty")
 
 
