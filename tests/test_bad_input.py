@@ -296,8 +296,8 @@ def write_dataset(content: str | bytes = with_row(**QUESTIONS[0]), **task) -> st
         "an empty split": ("", "task.path: got 'questions.jsonl', which has no rows; ..."),
         "broken JSON": (
             with_row(**QUESTIONS[0]).replace('{"prompt"', '{"prompt', 3),
-            "task.path: 3 of 9 rows: questions.jsonl:1: got ... (column ...); must be one JSON object"
-            " | questions.jsonl:2: got ... (column ...) | questions.jsonl:3: got ... (column ...)",
+            "task.path: 3 of 9 rows: questions.jsonl:1: got ... (column ...); must be one JSON "
+            "object | questions.jsonl:2: got ... (column ...) | questions.jsonl:3: got ... (column ...)",
         ),
         "broken JSON further down": (
             with_row(prompt="1", answer="2").replace('"2"', "2'", 1),
@@ -385,18 +385,18 @@ def test_bad_data_is_refused(given, expected, refused):
     {
         "no such file": (
             {"path": "no.jsonl"},
-            "task.path: got 'no.jsonl', which does not exist; must be a file of rows (.jsonl, "
-            ".ndjson, .json, .csv, .tsv, .parquet, also .gz)",
+            "task.path: got 'no.jsonl', which does not exist; must be a file of rows "
+            "(.jsonl, .ndjson, .json, .csv, .tsv, .parquet, also .gz)",
         ),
         "no such held-out file": (
             {"test_path": "no.jsonl"},
-            "task.test_path: got 'no.jsonl', which does not exist; must be a file of rows (.jsonl, "
-            ".ndjson, .json, .csv, .tsv, .parquet, also .gz)",
+            "task.test_path: got 'no.jsonl', which does not exist; must be a file of rows "
+            "(.jsonl, .ndjson, .json, .csv, .tsv, .parquet, also .gz)",
         ),
         "no such domain": (
             {"name": "sciknoweval", "path": ".", "domain": "biology", "verifier": None},
-            "task.path: got 'biology/train.jsonl', which does not exist; must be a file of rows (.jsonl, "
-            ".ndjson, .json, .csv, .tsv, .parquet, also .gz)",
+            "task.path: got 'biology/train.jsonl', which does not exist; must be a file of rows "
+            "(.jsonl, .ndjson, .json, .csv, .tsv, .parquet, also .gz)",
         ),
         "nothing left to train on": (
             {"test_fraction": 0.99},
@@ -405,8 +405,8 @@ def test_bad_data_is_refused(given, expected, refused):
         ),
         "an answer that no response matches": (
             {"verifier": "tool_use"},
-            "task.path: 9 of 9 rows: questions.jsonl:1: got the answer '0', no JSON list of objects "
-            "with `Action` and `Action_Input`, which no response can match by task.verifier = "
+            "task.path: 9 of 9 rows: questions.jsonl:1: got the answer '0', no JSON list of "
+            "objects with `Action` and `Action_Input`, which no response can match by task.verifier = "
             "tool_use; correct the row or choose another verifier | questions.jsonl:2: ... | "
             "questions.jsonl:3: ... | and 6 more",
         ),
