@@ -23,6 +23,7 @@ from pgpo_jax.logs import read_multipliers
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
 from pgpo_jax.reprompt import reprompt, show_answers
 from pgpo_jax.run import (
+    STOPPED,
     Clock,
     Run,
     Session,
@@ -40,6 +41,8 @@ from pgpo_jax.state import TrainState, abstract_train_state, init_train_state, t
 from pgpo_jax.step import make_train_step
 from pgpo_jax.tasks import Outcome, Question
 from pgpo_jax.warm_start import warm_start
+
+__all__ = ["STOPPED", "main", "train"]
 
 
 def train(config: Config) -> int:

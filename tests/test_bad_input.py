@@ -297,7 +297,8 @@ def write_dataset(content: str | bytes = with_row(**QUESTIONS[0]), **task) -> st
         "broken JSON": (
             with_row(**QUESTIONS[0]).replace('{"prompt"', '{"prompt', 3),
             "task.path: 3 of 9 rows: questions.jsonl:1: got ... (column ...); must be one JSON "
-            "object | questions.jsonl:2: got ... (column ...) | questions.jsonl:3: got ... (column ...)",
+            "object | questions.jsonl:2: got ... (column ...) | questions.jsonl:3: got ... "
+            "(column ...)",
         ),
         "broken JSON further down": (
             with_row(prompt="1", answer="2").replace('"2"', "2'", 1),
@@ -406,8 +407,8 @@ def test_bad_data_is_refused(given, expected, refused):
         "an answer that no response matches": (
             {"verifier": "tool_use"},
             "task.path: 9 of 9 rows: questions.jsonl:1: got the answer '0', no JSON list of "
-            "objects with `Action` and `Action_Input`, which no response can match by task.verifier = "
-            "tool_use; correct the row or choose another verifier | questions.jsonl:2: ... | "
+            "objects with `Action` and `Action_Input`, which no response can match by task.verifier "
+            "= tool_use; correct the row or choose another verifier | questions.jsonl:2: ... | "
             "questions.jsonl:3: ... | and 6 more",
         ),
         "neither verifier nor reward": (

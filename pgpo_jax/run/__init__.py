@@ -2,10 +2,11 @@
 
 from pgpo_jax.run.folder import claim_folder
 from pgpo_jax.run.record import Clock, records, summarise, token_columns
-from pgpo_jax.run.session import Session
+from pgpo_jax.run.session import STOPPED, Session
 from pgpo_jax.run.setup import Run, check_rows, checkpoint_folder, describe, join, load_run
 
 __all__ = [
+    "STOPPED",
     "Clock",
     "Run",
     "Session",
