@@ -407,9 +407,9 @@ def test_bad_data_is_refused(given, expected, refused):
         "an answer that no response matches": (
             {"verifier": "tool_use"},
             "task.path: 9 of 9 rows: questions.jsonl:1: got the answer '0', no JSON list of "
-            "objects with `Action` and `Action_Input`, which no response can match by task.verifier "
-            "= tool_use; correct the row or choose another verifier | questions.jsonl:2: ... | "
-            "questions.jsonl:3: ... | and 6 more",
+            "objects with `Action` and `Action_Input`, which no response can match by "
+            "task.verifier = tool_use; correct the row or choose another verifier | "
+            "questions.jsonl:2: ... | questions.jsonl:3: ... | and 6 more",
         ),
         "neither verifier nor reward": (
             {"verifier": None},
