@@ -125,6 +125,8 @@ def load(path: str | None, overrides: Sequence[str] = (), prog: str | None = Non
         draccus.parse(Config, args=["--help"], prog=prog)
     base, overrides = _take_base(overrides)
     tree = {} if path is None else _read_on_base(path, base)
+    if path is not None and _is_of_a_run(path):
+        tree["output_dir"] = os.path.dirname(path) or "."  # the folder may have been moved
     for name, value in _parse(overrides):
         *sections, last = name.split(".")
         place = tree
@@ -136,6 +138,12 @@ def load(path: str | None, overrides: Sequence[str] = (), prog: str | None = Non
                 raise InputError(f"{section}: got {fields.show(place)}; must be fields and values")
         place[last] = value
     return fields.decode(Config, tree)
+
+
+def _is_of_a_run(path: str) -> bool:
+    """Whether a file is the configuration that a run left in its folder."""
+    folder, name = os.path.split(path)
+    return name == "config.yaml" and os.path.exists(os.path.join(folder, "metrics.jsonl"))
 
 
 def from_command_line(argv: Sequence[str], command: str) -> Config:

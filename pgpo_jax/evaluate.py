@@ -1,7 +1,6 @@
 """Evaluates a run's newest student on held-out questions: `python -m pgpo_jax.evaluate CONFIG`."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     config = from_command_line(argv, "evaluate")
     run = load_run(config)
     params, step = run.params, 0
-    if os.path.isdir(checkpoint_folder(config)):
+    if not config.evaluation.untrained:
         with Checkpoints(checkpoint_folder(config), read_only=True) as checkpoints:
             step, params = checkpoints.restore_student(params)
     key = jax.random.split(jax.random.key(config.seed))[1]  # the run's own evaluation key

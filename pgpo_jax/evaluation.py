@@ -34,6 +34,9 @@ class EvaluationConfig:
     """Questions answered at a time."""
     preflight_questions: int = 32
     """Held-out questions asked with and without a demonstration before training; 0 = none."""
+    untrained: bool = False
+    """The command `evaluate` asks the model as it comes, whatever checkpoints there are; without it
+    a run that has none is an error."""
     teacher_questions: int = 0
     """Held-out questions that the teacher answers at every evaluation with a right answer in its
     prompt (`eval/teacher_with_demonstration`): whether it can still use one; 0 = none."""

@@ -124,15 +124,17 @@ def fill(template: str, **values: str) -> str:
     return re.sub(rf"\{{({pattern})\}}", lambda match: values[match[1]], template)
 
 
-def remove_thinking(text: str) -> str:
+def remove_thinking(text: str, opened: bool = False) -> str:
     """Removes every closed `<think>...</think>` block and the white space after it.
 
-    A `</think>` that nothing in the text opens closes a block that the chat template opened.
+    Args:
+        text: a response.
+        opened: whether the prompt before it ends within a block, as chat templates of thinking
+            models make it.
     """
     kept, start = [], 0
-    first = text.find("</think>")
-    if first >= 0 and not 0 <= text.find("<think>") < first:
-        text = text[first + len("</think>") :].lstrip()
+    if opened and "</think>" in text:
+        text = text.partition("</think>")[2].lstrip()
     # Not a lazy regular expression: many unclosed blocks would make it quadratic.
     while (opening := text.find("<think>", start)) >= 0:
         closing = text.find("</think>", opening)
@@ -260,7 +262,7 @@ def reprompt(
     Raises:
         InputError: if not even one character of a demonstration or feedback fits the limit.
     """
-    shown = _what_is_shown(questions, rollouts, outcomes, rng, config)
+    shown = _what_is_shown(policy, questions, rollouts, outcomes, rng, config)
     has_context = np.array([row.demonstration is not None or row.feedback != "" for row in shown])
     if config.demonstration == "plain":
         has_context[:] = True
@@ -291,7 +293,15 @@ class _Prompt(NamedTuple):
     shortened: bool = False
 
 
+def _opens_thinking(policy: Policy, question: Question) -> bool:
+    """Whether the chat template opens the thinking of a response itself."""
+    options = policy.prompts.template_options
+    prompt = data.render(policy.tokenizer, question.messages, options)
+    return prompt.rstrip().endswith("<think>")
+
+
 def _what_is_shown(
+    policy: Policy,
     questions: Sequence[Question],
     rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
@@ -307,7 +317,8 @@ def _what_is_shown(
             pair = chosen[question][sample]
             demonstration = None if pair is None else rollouts.texts[pair[0]][pair[1]]
             if demonstration is not None and config.remove_thinking:
-                demonstration = remove_thinking(demonstration)
+                opened = "</think>" in demonstration and _opens_thinking(policy, questions[question])
+                demonstration = remove_thinking(demonstration, opened)
             wanted = config.use_feedback == "always" or (
                 config.use_feedback == "without_demonstration" and demonstration is None
             )

@@ -31,6 +31,7 @@ from pgpo_jax.run import (
     claim_folder,
     join,
     load_run,
+    lock_folder,
     reactions,
     records,
     summarise,
@@ -47,10 +48,10 @@ __all__ = ["STOPPED", "main", "train"]
 
 def train(config: Config) -> int:
     """Runs, or resumes, a run; returns the exit code."""
-    run, changes = _prepare(config)
+    run = _prepare(config)
     step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
-    with Session(run, evaluation_key) as session:
-        run, state = _begin(run, session, changes)
+    with lock_folder(config.output_dir), Session(run, evaluation_key) as session:
+        run, state = _begin(run, session, changes=claim_folder(run.config))
         train_step = _build(run, state)
         while session.goes_on(state):  # evaluates, saves, and ends after the last update
             step, clock = int(state.step), Clock()
@@ -83,23 +84,22 @@ def train(config: Config) -> int:
         return session.finish(state)
 
 
-def _prepare(config: Config) -> tuple[Run, str]:
-    """The run, loaded and in its folder; what can be refused is refused here, cheapest first.
-
-    Returns:
-      The run, and what changed in its configuration since it was started, in words.
-    """
+def _prepare(config: Config) -> Run:
+    """The run, loaded; what can be refused is refused here, the cheapest first."""
     mesh = join(config)
     check_rows(config, mesh)
     run = load_run(config, mesh)
     if config.evaluation.every:
         held_out(run.task, config.evaluation)
     _indices(run, 0)
-    return run, claim_folder(run.config)
+    return run
 
 
 def _begin(run: Run, session: Session, changes: str) -> tuple[Run, TrainState]:
-    """The state to go on from: that of the newest checkpoint, or the model after its warm start."""
+    """The state to go on from: that of the newest checkpoint, or the model after its warm start.
+
+    `changes` says what changed in the configuration since the run was started.
+    """
     config = run.config
     optimizer = make_optimizer(config.optimizer, read_multipliers(config.optimizer.replay))
     state = session.restore(abstract_train_state(run.params, optimizer, run.teacher), changes)

@@ -292,3 +292,10 @@ def test_wrong_answers_and_nothing_else_give_no_context():
         [[outcome.feedback for outcome in outcomes]],
     )
     assert not result.has_context.any()
+
+
+def test_thinking_that_the_template_opened_is_removed():
+    text = "on my fingers\n</think>\n\n5"
+    assert reprompt.remove_thinking(text, opened=True) == "5"
+    assert reprompt.remove_thinking("a</think> b <think>c</think> d", opened=True) == "b d"
+    assert reprompt.remove_thinking("cut off", opened=True) == "cut off"

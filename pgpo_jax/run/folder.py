@@ -1,7 +1,10 @@
-"""Whose a run's folder is: the run that its config.yaml states, and no other."""
+"""Folder of a run: it belongs to the run that its config.yaml states, and to one process."""
 
 import contextlib
+import datetime
+import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +15,12 @@ from pgpo_jax.config import Config, dump, load
 from pgpo_jax.errors import InputError
 
 FREE = {"steps", "output_dir", "mesh", "distributed", "metrics", "checkpoint", "alarms"}
-FREE |= {"evaluation.every", "evaluation.preflight_questions", "data.micro_batches"}
+FREE |= {
+    "evaluation.every",
+    "evaluation.untrained",
+    "evaluation.preflight_questions",
+    "data.micro_batches",
+}
 """Fields and sections that may change when a run is resumed: they do not change what it computes,
 but for rounding. The rest of `evaluation` may not, or its numbers could not be compared."""
 
@@ -58,6 +66,49 @@ def claim_folder(config: Config) -> str:
                 f"output_dir: {config.output_dir} cannot be written ({error.strerror})"
             ) from error
     return f" (changed: {', '.join(changes)})" if changes else ""
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str) -> Iterator[None]:
+    """Holds a run's folder for this run: the same command twice would write it twice.
+
+    The lock is the kernel's, on the file `run.lock`, so it ends with the process, however that
+    ends; the file says who holds it. All hosts call it together, process 0 takes it.
+
+    Raises:
+      InputError: Another process holds the folder, or it cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        problem = _take_lock(folder, stack) if sharding.is_main() else ""
+        if sharding.agree_max([bool(problem)])[0]:
+            raise InputError(problem or f"output_dir: {folder} is refused by the first host")
+        yield
+
+
+def _take_lock(folder: str, stack: contextlib.ExitStack) -> str:
+    """Takes the lock until the stack is left; else says why not."""
+    path = os.path.join(folder, "run.lock")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = stack.enter_context(open(path, "a+", encoding="utf-8"))  # noqa: SIM115
+    except OSError as error:
+        return f"output_dir: {folder} cannot be written ({error.strerror})"
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "a process that has not said its name yet"
+        return (
+            f"output_dir: {folder} is in use by {holder}; wait until that run ends, stop it, or "
+            "choose another output_dir"
+        )
+    except OSError:
+        return ""  # a file system without locks: nobody can be told apart there
+    file.truncate(0)
+    since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
+    file.flush()
+    return ""
 
 
 def _flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,67 @@
+"""Prompt tokens: what a tokenizer writes around a text, and templates that read the clock."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from pgpo_jax import data, hf
+from pgpo_jax.errors import InputError
+
+QUESTION = [{"role": "user", "content": "1+1="}]
+TURNS = (
+    "{% for m in messages %}<|start|>{{ m['content'] }}<|turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>{% endif %}"
+)
+
+
+def make_tokenizer(around="$A", template=None):
+    vocabulary = ["<bos>", "<eos>", "<|turn|>", "<|start|>"]
+    vocabulary += sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({text: i for i, text in enumerate(vocabulary)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.post_processor = processors.TemplateProcessing(
+        single=around, special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<|turn|>", "<|start|>"],
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("around", ["$A", "<bos> $A", "$A <eos>", "<bos> $A <eos>"])
+def test_a_prompt_keeps_what_opens_it_and_never_ends_with_the_end_token(around):
+    tokenizer = make_tokenizer(around)
+    (tokens,) = data.encode(tokenizer, [QUESTION], max_length=9)
+    assert tokenizer.decode(tokens) == ("<bos>" if "<bos>" in around else "") + "1+1="
+
+
+def test_an_opening_token_that_stands_in_the_text_is_not_written_twice():
+    tokenizer = make_tokenizer("<bos> $A")
+    assert data.tokenize(tokenizer, ["<bos>x"]) == data.tokenize(tokenizer, ["x"])
+
+
+def test_the_end_of_an_assistants_turn_is_found():
+    assert hf.turn_end(make_tokenizer(template=TURNS)) == 2
+    assert hf.turn_end(make_tokenizer()) is None
+    plain = "{% for m in messages %}{{ m['content'] }}. {% endfor %}"
+    assert hf.turn_end(make_tokenizer(template=plain)) is None
+
+
+def test_a_templates_clock_stands_at_the_stated_date():
+    tokenizer = make_tokenizer(template="Today: {{ strftime_now('%d %b %Y') }}. " + TURNS)
+    text = data.render(tokenizer, QUESTION, {"strftime_now": "2026-01-31"})
+    assert text.startswith("Today: 31 Jan 2026. ")
+
+
+def test_a_date_that_is_none_and_a_clock_that_cannot_be_stopped_are_refused():
+    tokenizer = make_tokenizer(template="{{ strftime_now('%Y') }}")
+    with pytest.raises(InputError, match="must be a date"):
+        data.render(tokenizer, QUESTION, {"strftime_now": "yesterday"})
+    tokenizer.chat_template = "{% set form = '%Y' %}{{ strftime_now(form) }}"
+    with pytest.raises(InputError, match="cannot be stopped"):
+        data.render(tokenizer, QUESTION, {"strftime_now": "2026-01-31"})
