@@ -317,7 +317,9 @@ def _what_is_shown(
             pair = chosen[question][sample]
             demonstration = None if pair is None else rollouts.texts[pair[0]][pair[1]]
             if demonstration is not None and config.remove_thinking:
-                opened = "</think>" in demonstration and _opens_thinking(policy, questions[question])
+                opened = "</think>" in demonstration and _opens_thinking(
+                    policy, questions[question]
+                )
                 demonstration = remove_thinking(demonstration, opened)
             wanted = config.use_feedback == "always" or (
                 config.use_feedback == "without_demonstration" and demonstration is None

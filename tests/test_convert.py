@@ -86,7 +86,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     for name, value in (settings or {}).items():
         writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
-    writer.add_tokenizer_model(decoder)
+    writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
     writer.add_token_types(TYPES)

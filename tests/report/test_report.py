@@ -278,8 +278,8 @@ def test_what_a_model_wrote_stays_text(write):
         [
             write(
                 "<b>run",
-                "--task.subset",
-                "<i>",
+                "--reprompt.solution_template",
+                "<i>{demonstration}",
                 samples=[sample(ATTACK, ATTACK, key=ATTACK, tokens=[ATTACK], divergence=[1.0])],
             ),
             write("other"),
@@ -292,7 +292,7 @@ def test_what_a_model_wrote_stays_text(write):
     first = seen.data["samples"][0]
     assert first["response"] == first["prompt"] == first["tokens"][0] == ATTACK
     assert "<b>run" in seen.text
-    assert "task.subset <i> null" in seen.text
+    assert "reprompt.solution_template <i>{demonstration} null" in seen.text
     assert ATTACK not in page
     assert seen.scripts[1] == "\n" + template("samples.js")  # no part of it was filled in
 

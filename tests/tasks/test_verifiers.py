@@ -243,7 +243,7 @@ def test_rewards_may_come_with_feedback(returned):
         ({"reward": [1, 2], "feedback": ["x"]}, "returned {'reward'"),
         (1.0, "returned 1.0;"),
         (None, "returned None;"),
-        ("ab", "returned 0 rewards for 2 completions"),
+        ("ab", "returned 'ab';"),
     ],
 )
 def test_what_a_reward_function_may_not_return_is_one_clear_error(returned, message):
