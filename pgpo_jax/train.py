@@ -28,10 +28,9 @@ from pgpo_jax.run import (
     Run,
     Session,
     check_rows,
-    claim_folder,
+    hold_folder,
     join,
     load_run,
-    lock_folder,
     reactions,
     records,
     summarise,
@@ -50,8 +49,8 @@ def train(config: Config) -> int:
     """Runs, or resumes, a run; returns the exit code."""
     run = _prepare(config)
     step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
-    with lock_folder(config.output_dir), Session(run, evaluation_key) as session:
-        run, state = _begin(run, session, changes=claim_folder(run.config))
+    with hold_folder(run.config) as changes, Session(run, evaluation_key) as session:
+        run, state = _begin(run, session, changes)
         train_step = _build(run, state)
         while session.goes_on(state):  # evaluates, saves, and ends after the last update
             step, clock = int(state.step), Clock()

@@ -1,6 +1,6 @@
 """What training needs around its loop: setup, folder, session, evaluation, records, reactions."""
 
-from pgpo_jax.run.folder import claim_folder, lock_folder
+from pgpo_jax.run.folder import claim_folder, hold_folder, lock_folder
 from pgpo_jax.run.record import Clock, records, summarise, token_columns
 from pgpo_jax.run.session import STOPPED, Session
 from pgpo_jax.run.setup import Run, check_rows, checkpoint_folder, describe, join, load_run
@@ -14,6 +14,7 @@ __all__ = [
     "checkpoint_folder",
     "claim_folder",
     "describe",
+    "hold_folder",
     "join",
     "load_run",
     "lock_folder",

@@ -25,6 +25,16 @@ FREE |= {
 but for rounding. The rest of `evaluation` may not, or its numbers could not be compared."""
 
 
+@contextlib.contextmanager
+def hold_folder(config: Config) -> Iterator[str]:
+    """Locks a run's folder and claims it for the run; yields what changed since it was started.
+
+    Another run's folder is refused before anything in it is opened.
+    """
+    with lock_folder(config.output_dir):
+        yield claim_folder(config)
+
+
 def claim_folder(config: Config) -> str:
     """Writes config.yaml; a folder that holds another run is refused, so that nothing is lost.
 
