@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from faulty import hit
-from test_checkpoint import assert_bitwise_equal, make_state
+from states import assert_bitwise_equal, make_state
 from test_distributed import finish, start
 from test_train import TINY, code, rows
 

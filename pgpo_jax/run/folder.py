@@ -29,53 +29,59 @@ but for rounding. The rest of `evaluation` may not, or its numbers could not be 
 def hold_folder(config: Config) -> Iterator[str]:
     """Locks a run's folder and claims it for the run; yields what changed since it was started.
 
-    Another run's folder is refused before anything in it is opened.
+    Another run's folder is refused before anything in it is opened or written.
     """
+    changes = compare_folder(config)
     with lock_folder(config.output_dir):
-        yield claim_folder(config)
+        if sharding.is_main():
+            _write_config(config)
+        yield changes
 
 
-def claim_folder(config: Config) -> str:
-    """Writes config.yaml; a folder that holds another run is refused, so that nothing is lost.
+def compare_folder(config: Config) -> str:
+    """What changed since the folder's run was started, in words; empty where nothing did.
 
-    Returns:
-      What changed since the run was started, in words; empty where nothing did.
+    Raises:
+      InputError: The folder holds another run.
     """
     path = os.path.join(config.output_dir, "config.yaml")
+    if not os.path.exists(path):
+        return ""
     changes = []
-    if os.path.exists(path):
-        before, now = (dict(_flat(draccus.encode(c))) for c in (load(path), config))
-        for name in sorted(before.keys() | now.keys()):
-            was, is_now = before.get(name), now.get(name)
-            if was == is_now:
-                continue
-            free = config.checkpoint.accept_changes or {name, name.partition(".")[0]} & FREE
-            if not free:
-                raise InputError(
-                    f"{name}: got {fields.show(is_now)}; {config.output_dir} holds a run with "
-                    f"{fields.show(was)}: choose another output_dir, or delete this one to start "
-                    "anew (--checkpoint.accept_changes true goes on all the same)"
-                )
-            if name != "output_dir":
-                changes.append(f"{name} {fields.show(was)} -> {fields.show(is_now)}")
-    if sharding.is_main():
-        fresh = f"{path}.tmp"  # and renamed, so that there is never half a file
-        try:
-            os.makedirs(config.output_dir, exist_ok=True)
-            try:
-                with open(fresh, "w", encoding="utf-8") as file:
-                    file.write(dump(config))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(fresh, path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(fresh)
-        except OSError as error:
+    before, now = (dict(_flat(draccus.encode(c))) for c in (load(path), config))
+    for name in sorted(before.keys() | now.keys()):
+        was, is_now = before.get(name), now.get(name)
+        if was == is_now:
+            continue
+        free = config.checkpoint.accept_changes or {name, name.partition(".")[0]} & FREE
+        if not free:
             raise InputError(
-                f"output_dir: {config.output_dir} cannot be written ({error.strerror})"
-            ) from error
+                f"{name}: got {fields.show(is_now)}; {config.output_dir} holds a run with "
+                f"{fields.show(was)}: choose another output_dir, or delete this one to start "
+                "anew (--checkpoint.accept_changes true goes on all the same)"
+            )
+        if name != "output_dir":
+            changes.append(f"{name} {fields.show(was)} -> {fields.show(is_now)}")
     return f" (changed: {', '.join(changes)})" if changes else ""
+
+
+def _write_config(config: Config) -> None:
+    """Writes config.yaml beside its place and moves it there: there is never half a file."""
+    path = os.path.join(config.output_dir, "config.yaml")
+    fresh = f"{path}.tmp"
+    try:
+        with open(fresh, "w", encoding="utf-8") as file:
+            file.write(dump(config))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except OSError as error:
+        raise InputError(
+            f"output_dir: {config.output_dir} cannot be written ({error.strerror})"
+        ) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(fresh)
 
 
 @contextlib.contextmanager

@@ -157,6 +157,7 @@ import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 from pgpo_jax import sharding
+from pgpo_jax.errors import InputError
 sharding.initialize(sharding.DistributedConfig(timeout=60))
 rows = np.arange(48).reshape(16, 3)
 own = rows[sharding.host_rows(16)]
@@ -167,7 +168,7 @@ for sizes in [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]:
     np.testing.assert_array_equal(sharding.to_host(placed), own)
 try:
     sharding.to_global(own[:1], sharding.make_mesh(sharding.MeshConfig(8, 1, 1)))
-except sharding.InputError as error:
+except InputError as error:
     assert "must divide" in str(error)
 agreed = sharding.agree_max([jax.process_index(), -jax.process_index()])
 sharding.barrier("together", timeout=60)
