@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from pgpo_jax.data import Batch
+from pgpo_jax import sharding
+from pgpo_jax.data import Batch, DataConfig, Examples, pack
 
 
 def qwen3(
@@ -38,7 +39,9 @@ SMOLLM2_135M = {
 }
 
 
-def make_batch(rows: int, prompt: int, teacher_prompt: int, response: int, vocab: int) -> Batch:
+def make_examples(
+    rows: int, prompt: int, teacher_prompt: int, response: int, vocab: int
+) -> Examples:
     """Random tokens; the prompts of every other row are a little shorter."""
     rng = np.random.default_rng(0)
 
@@ -49,11 +52,15 @@ def make_batch(rows: int, prompt: int, teacher_prompt: int, response: int, vocab
         padding = np.where(np.arange(rows) % 2, width // 8, 0)
         return tokens(rows, width), np.arange(width)[None, :] >= padding[:, None]
 
-    return Batch(
-        *left_padded(prompt),
-        *left_padded(teacher_prompt),
-        tokens(rows, response),
-        np.ones((rows, response), bool),
-        np.ones(rows, bool),
-        np.full((rows, response), -np.log(vocab), np.float32),
+    return Examples(
+        prompts={"student": left_padded(prompt), "teacher": left_padded(teacher_prompt)},
+        responses=tokens(rows, response),
+        response_mask=np.ones((rows, response), bool),
+        sampler_log_probs=np.full((rows, response), -np.log(vocab), np.float32),
+        has_context=np.ones(rows, bool),
     )
+
+
+def place(examples: Examples, mesh: Any, packing: Any = "never") -> Batch:
+    """The examples laid out on a mesh."""
+    return sharding.to_global(pack(examples, DataConfig(packing=packing), mesh), mesh)

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import measure
 
 from pgpo_jax import fused, sharding
-from pgpo_jax.data import Batch
 from pgpo_jax.information import Estimator
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.models import decoder
@@ -70,22 +69,19 @@ PRESETS = {
 }
 
 
-def straightforward(hidden, head, rows, *, config, estimators=("entropy_gap",)):
+def straightforward(hidden, head, rows, *, config, estimators=()):
     """The logits of all tokens at once."""
     teacher_hidden, teacher_head, tokens, weights, sampler_log_probs = rows
     terms = fused.token_terms(
         fused.logits(hidden, head.astype(hidden.dtype)),
         fused.logits(teacher_hidden, teacher_head.astype(teacher_hidden.dtype)),
-        tokens,
-        sampler_log_probs,
-        config=config,
-        vocab_size=None,
-        estimators=estimators,
+        fused.Tokens(tokens, weights, sampler_log_probs),
+        fused.Options(config, estimators),
     )
     return jnp.sum(weights * terms.weight * terms.divergence), terms
 
 
-def recompute(hidden, head, rows, *, config, estimators=("entropy_gap",)):
+def recompute(hidden, head, rows, *, config, estimators=()):
     """Chunk by chunk; the backward pass computes a chunk's logits again."""
     teacher_hidden, teacher_head, *per_token = rows
     head, teacher_head = head.astype(hidden.dtype), teacher_head.astype(hidden.dtype)
@@ -110,23 +106,20 @@ def recompute(hidden, head, rows, *, config, estimators=("entropy_gap",)):
     return loss, jax.tree.map(lambda x: x.reshape(-1), terms)
 
 
-def distill(hidden, head, rows, *, config, estimators=("entropy_gap",)):
+def distill(hidden, head, rows, *, config, estimators=()):
     teacher_hidden, teacher_head, *per_token = rows
     return fused.distill(
-        hidden,
-        head,
-        teacher_hidden,
-        teacher_head,
-        *per_token,
-        config=config,
-        estimators=estimators,
+        fused.Side(hidden, head),
+        fused.Side(teacher_hidden, teacher_head),
+        fused.Tokens(*per_token),
+        fused.Options(config, estimators),
     )
 
 
 WAYS = {"fused": distill, "recompute": recompute, "straightforward": straightforward}
 
 
-def value_and_gradients(way, config, estimators=("entropy_gap",), wanted=lambda terms: terms):
+def value_and_gradients(way, config, estimators=(), wanted=lambda terms: terms):
     """Jitted; `wanted` picks from the terms, so that the compiler drops what nobody reads."""
 
     def loss(hidden, head, rows):
@@ -190,21 +183,10 @@ def step_costs(architecture, config, rows, prompt, response):
     optimizer = make_optimizer(OptimizerConfig())
     where = train_state_shardings(params, optimizer)
     state = abstract_train_state(params, optimizer)
-    tokens, mask = functools.partial(jnp.zeros, dtype=int), functools.partial(jnp.ones, dtype=bool)
-    batch = jax.eval_shape(
-        lambda: Batch(
-            tokens((rows, prompt)),
-            mask((rows, prompt)),
-            tokens((rows, prompt)),
-            mask((rows, prompt)),
-            tokens((rows, response)),
-            mask((rows, response)),
-            mask(rows),
-            jnp.zeros((rows, response)),
-        )
-    )
-    step = make_train_step(graphdef, optimizer, config, where)
-    return compiled_costs(step, (state, jax.tree.map(place, batch)))
+    examples = cases.make_examples(rows, prompt, prompt, response, model_config.vocab_size)
+    batch = cases.place(examples, mesh)
+    step = make_train_step(graphdef, optimizer, fused.Options(config), where)
+    return compiled_costs(step, (state, batch))
 
 
 def gradient_error(vocab, embed, config):

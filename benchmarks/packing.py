@@ -30,8 +30,9 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 
-from pgpo_jax import data, sharding
-from pgpo_jax.data import Batch, DataConfig, packing
+from pgpo_jax import data, fused, sharding
+from pgpo_jax.data import Batch, DataConfig, Examples, pack
+from pgpo_jax.data.batch import padding_fraction
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
@@ -55,7 +56,7 @@ PRESETS = {
 }
 
 
-def make_batch(prompts, teacher_prompts, responses, vocab: int, limits: tuple[int, int, int]):
+def make_examples(prompts, teacher_prompts, responses, vocab: int, limits: tuple[int, int, int]):
     """Random tokens of the given lengths; widths are those of `data.bucket`."""
     rng = np.random.default_rng(0)
     lengths = (prompts, teacher_prompts, responses)
@@ -65,12 +66,18 @@ def make_batch(prompts, teacher_prompts, responses, vocab: int, limits: tuple[in
         np.arange(width)[None] >= width - n[:, None]
         for width, n in zip(widths, lengths, strict=True)
     ]
-    return Batch(
-        *(tokens[0], masks[0], tokens[1], masks[1]),
-        *(tokens[2], np.arange(widths[2])[None] < responses[:, None]),
-        np.ones(len(responses), bool),
-        np.full(tokens[2].shape, -np.log(vocab), np.float32),
+    return Examples(
+        prompts={"student": (tokens[0], masks[0]), "teacher": (tokens[1], masks[1])},
+        responses=tokens[2],
+        response_mask=np.arange(widths[2])[None] < responses[:, None],
+        sampler_log_probs=np.full(tokens[2].shape, -np.log(vocab), np.float32),
+        has_context=np.ones(len(responses), bool),
     )
+
+
+def is_packed(batch: Batch) -> bool:
+    """Whether its rows may hold several sequences."""
+    return batch.views["student"].segments is not None
 
 
 def skewed(rng, mean: float, limit: int, rows: int) -> np.ndarray:
@@ -79,7 +86,7 @@ def skewed(rng, mean: float, limit: int, rows: int) -> np.ndarray:
     return np.clip(rng.lognormal(np.log(mean / 1.3), sigma, rows), 1, limit).astype(int)
 
 
-def batches_of(preset: Preset) -> dict[str, Batch]:
+def examples_of(preset: Preset) -> dict[str, Examples]:
     rng = np.random.default_rng(1)
     ones = np.ones(preset.rows, int)
     responses = skewed(rng, preset.response / 8, preset.response, preset.rows)
@@ -88,12 +95,12 @@ def batches_of(preset: Preset) -> dict[str, Batch]:
     limits = (preset.prompt, preset.prompt + preset.feedback, preset.response)
     vocab = preset.shape["vocab_size"]
     return {
-        "skewed": make_batch(prompts, prompts + preset.feedback, responses, vocab, limits),
-        "equal": make_batch(*(limit * ones for limit in limits), vocab, limits),
+        "skewed": make_examples(prompts, prompts + preset.feedback, responses, vocab, limits),
+        "equal": make_examples(*(limit * ones for limit in limits), vocab, limits),
     }
 
 
-def compare(preset: Preset, batch: Batch, repeats: int) -> dict[str, Any]:
+def compare(preset: Preset, examples: Examples, repeats: int) -> dict[str, Any]:
     """Seconds, memory, padding and losses of an update on a batch, padded and packed."""
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1))
     options = decoder.Options(dtype=jnp.float32)
@@ -104,9 +111,8 @@ def compare(preset: Preset, batch: Batch, repeats: int) -> dict[str, Any]:
     def build(name):
         graphdef, params = decoder.init(config, options, jax.random.key(0), mesh)
         where = train_state_shardings(params, optimizer)
-        step = make_train_step(graphdef, optimizer, DistillationConfig(), where)
-        chosen = packing.pack(batch, DataConfig(packing=name), mesh)
-        on_mesh = sharding.to_global(chosen, mesh)
+        step = make_train_step(graphdef, optimizer, fused.Options(DistillationConfig()), where)
+        on_mesh = cases.place(examples, mesh, name)
         states[name] = init_train_state(params, optimizer)
         compiled = step.lower(states[name], on_mesh).compile()
         memory[name] = measure.cost(compiled)["temp_bytes"]
@@ -122,7 +128,7 @@ def compare(preset: Preset, batch: Batch, repeats: int) -> dict[str, Any]:
     losses = [float(measured[name]["loss"]) for name in functions]
     assert abs(losses[0] - losses[1]) < 1e-4 * abs(losses[0]), f"the losses differ: {losses}"
     start = time.perf_counter()
-    chosen = packing.pack(batch, DataConfig(), mesh)
+    chosen = pack(examples, DataConfig(), mesh)
     host_seconds = time.perf_counter() - start
     median = statistics.median
     return {
@@ -135,7 +141,7 @@ def compare(preset: Preset, batch: Batch, repeats: int) -> dict[str, Any]:
         "padding_fraction_padded": float(measured["never"]["padding_fraction"]),
         "padding_fraction_packed": float(measured["always"]["padding_fraction"]),
         "temp_bytes_ratio": memory["always"] / memory["never"],
-        "packed_by_auto": isinstance(chosen, packing.Packed),
+        "packed_by_auto": is_packed(chosen),
         "packing_seconds": host_seconds,
     }
 
@@ -156,14 +162,17 @@ def count_shapes(batches: int) -> dict[str, Any]:
         prompts = np.repeat(rng.integers(100, 500, rows // 8), 8)
         shown = np.roll(responses.reshape(-1, 8), 1, axis=1).ravel()  # the demonstration
         limits = (2048, 10240, 8192)
-        batch = make_batch(prompts, prompts + shown + 60, responses, 8, limits)
-        packed = packing.pack(batch, DataConfig(micro_batches=micro_batches), mesh)
-        assert isinstance(packed, packing.Packed)
+        examples = make_examples(prompts, prompts + shown + 60, responses, 8, limits)
+        padded, packed = (
+            pack(examples, DataConfig(packing=name, micro_batches=micro_batches), mesh)
+            for name in ("never", "auto")
+        )
+        assert is_packed(packed)
         sizes = []
-        for name, one in (("padded", batch), ("packed", packed)):
+        for name, one in (("padded", padded), ("packed", packed)):
             arrays = jax.tree.leaves(one)
             shapes[name].add(tuple(x.shape for x in arrays))
-            sizes.append(1 - float(packing.padding_fraction(one)))
+            sizes.append(1 - float(padding_fraction(one)))
         shares.append(sizes[0] / sizes[1])
     return {
         "batches": batches,
@@ -182,7 +191,8 @@ def main() -> None:
     args = parser.parse_args()
     preset = PRESETS[args.preset]
     result = {
-        name: compare(preset, batch, args.repeats) for name, batch in batches_of(preset).items()
+        name: compare(preset, examples, args.repeats)
+        for name, examples in examples_of(preset).items()
     }
     measure.table([{"lengths": name, **values} for name, values in result.items()])
     counted = count_shapes(args.batches)

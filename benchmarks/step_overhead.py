@@ -18,7 +18,7 @@ import measure
 import numpy as np
 import optax
 
-from pgpo_jax import sharding
+from pgpo_jax import fused, sharding
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import (
@@ -91,12 +91,12 @@ def main() -> None:
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1))
     config = decoder.ModelConfig.from_hf(architecture)
     options = decoder.Options(dtype=jnp.float32, unroll=True)
-    batch = sharding.to_global(cases.make_batch(**sizes, vocab=config.vocab_size), mesh)
+    batch = cases.place(cases.make_examples(**sizes, vocab=config.vocab_size), mesh)
 
     def build(name, optimizer):
         graphdef, params = decoder.init(config, options, jax.random.key(0), mesh)
         where = train_state_shardings(params, optimizer)
-        step = make_train_step(graphdef, optimizer, DistillationConfig(), where)
+        step = make_train_step(graphdef, optimizer, fused.Options(DistillationConfig()), where)
         state = init_train_state(params, optimizer)
         compiled = step.lower(state, batch).compile()
         states[name] = state

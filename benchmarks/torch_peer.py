@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from pgpo_jax.data import Batch
+from pgpo_jax.data import Examples
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.optimizer import OptimizerConfig
 from pgpo_jax.teacher import AVERAGE
@@ -27,7 +27,7 @@ class Peer:
     def __init__(
         self,
         folder: str,
-        batch: Batch,
+        examples: Examples,
         distillation: DistillationConfig,
         optimizer: OptimizerConfig,
         *,
@@ -52,29 +52,40 @@ class Peer:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        given = (x for x in batch if x is not None)  # SDPO needs no rewards
-        self.batch = Batch(*(torch.as_tensor(np.array(x), device=self.device) for x in given))
+
+        def on_device(x):
+            return torch.as_tensor(np.array(x), device=self.device)
+
+        self.prompts = {
+            view: (on_device(tokens), on_device(mask))
+            for view, (tokens, mask) in examples.prompts.items()
+        }
+        self.responses, self.response_mask = map(
+            on_device, (examples.responses, examples.response_mask)
+        )
+        self.sampler_log_probs = on_device(examples.sampler_log_probs)
+        self.has_context = on_device(examples.has_context)
 
     def step(self) -> dict[str, float]:
         """One update; returns loss, information and multiplier."""
-        b, d = self.batch, self.distillation
-        weights = b.response_mask / b.response_mask.sum(1, keepdim=True).clamp(min=1)
-        logits = self._response_logits(self.student, b.prompts, b.prompt_mask)
+        d = self.distillation
+        weights = self.response_mask / self.response_mask.sum(1, keepdim=True).clamp(min=1)
+        logits = self._response_logits(self.student, *self.prompts["student"])
         log_s = torch.log_softmax(logits / d.temperature, dim=-1)
         with torch.no_grad():
-            logits = self._response_logits(self.teacher, b.teacher_prompts, b.teacher_prompt_mask)
+            logits = self._response_logits(self.teacher, *self.prompts["teacher"])
             log_q = torch.log_softmax(logits / d.temperature, dim=-1)
             del logits
-            chosen = b.responses.long()[..., None]
+            chosen = self.responses.long()[..., None]
             log_prob = log_s.gather(-1, chosen)[..., 0]
-            importance = (log_prob - b.sampler_log_probs).clamp(-20, 20).exp()
+            importance = (log_prob - self.sampler_log_probs).clamp(-20, 20).exp()
             importance = importance.clamp(max=d.importance_cap)
             gap = _entropy(log_s) - _entropy(log_q)
-            in_context = weights * b.has_context[:, None]
-            rows = b.has_context.sum().clamp(min=1)
+            in_context = weights * self.has_context[:, None]
+            rows = self.has_context.sum().clamp(min=1)
             information = (in_context * gap).sum() / rows
         per_token = importance * self._divergence(log_s, log_q)
-        loss = (in_context * per_token).sum() / len(b.responses)
+        loss = (in_context * per_token).sum() / len(self.responses)
         del log_q
 
         self.optimizer.zero_grad()
@@ -99,15 +110,14 @@ class Peer:
 
     def _response_logits(self, model, prompts, prompt_mask):
         """Float32 logits that predict each response token, behind a left-padded prompt."""
-        b = self.batch
-        mask = torch.cat([prompt_mask, b.response_mask], dim=1)
+        mask = torch.cat([prompt_mask, self.response_mask], dim=1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             logits = model(
-                input_ids=torch.cat([prompts, b.responses], dim=1).long(),
+                input_ids=torch.cat([prompts, self.responses], dim=1).long(),
                 attention_mask=mask.long(),
                 position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
                 use_cache=False,
-                logits_to_keep=b.responses.shape[1] + 1,
+                logits_to_keep=self.responses.shape[1] + 1,
             ).logits
         return logits[:, :-1].float()
 

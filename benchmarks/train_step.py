@@ -43,7 +43,8 @@ import optax
 from flax import nnx
 
 from pgpo_jax import fused, hf, sharding
-from pgpo_jax.data import Batch
+from pgpo_jax.data import Batch, Examples
+from pgpo_jax.data.batch import response_hidden
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer, scale_by_information
@@ -121,14 +122,12 @@ def peak_flops() -> tuple[float, str]:
 
 def parts(graphdef, params, batch: Batch, optimizer, distillation: DistillationConfig, repeats):
     """Wall and CPU seconds of the parts of an update, each compiled and run alone."""
-    rows = (batch.responses, batch.response_mask)
 
     def student(params):
-        return nnx.merge(graphdef, params).response_hidden(batch.prompts, batch.prompt_mask, *rows)
+        return response_hidden(nnx.merge(graphdef, params), batch, "student")
 
     def teacher(params):
-        prompts = batch.teacher_prompts, batch.teacher_prompt_mask
-        return nnx.merge(graphdef, params).response_hidden(*prompts, *rows)
+        return response_hidden(nnx.merge(graphdef, params), batch, "teacher")
 
     @jax.jit
     def student_gradients(params, cotangent):
@@ -140,11 +139,12 @@ def parts(graphdef, params, batch: Batch, optimizer, distillation: DistillationC
         weights = jnp.full(hidden.shape[0], 1 / hidden.shape[0])
 
         def loss(hidden, head):
+            tokens, sampled = batch.responses.reshape(-1), batch.sampler_log_probs.reshape(-1)
             value, terms = fused.distill(
-                *(hidden, head, teacher_hidden, head, batch.responses.reshape(-1), weights),
-                batch.sampler_log_probs.reshape(-1),
-                config=distillation,
-                estimators=(distillation.estimator,),
+                fused.Side(hidden, head),
+                fused.Side(teacher_hidden, head),
+                fused.Tokens(tokens, weights, sampled),
+                fused.Options(distillation),
             )
             return value, terms.information
 
@@ -165,7 +165,6 @@ def parts(graphdef, params, batch: Batch, optimizer, distillation: DistillationC
         return scale.update(updates, scale.init(None), information=0.1)[0]
 
     hidden, teacher_hidden = jax.jit(student)(params), jax.jit(teacher)(params)
-    flat = [x.reshape(-1, x.shape[-1]) for x in (hidden, teacher_hidden)]
     grads = student_gradients(params, hidden)
     # What changes hands from call to call, so that donated buffers are not used twice.
     held = {
@@ -183,7 +182,7 @@ def parts(graphdef, params, batch: Batch, optimizer, distillation: DistillationC
     functions = {
         "student forward and backward": lambda: student_gradients(params, hidden),
         "teacher forward": functools.partial(jax.jit(teacher), params),
-        "vocabulary pass": lambda: vocabulary(*flat, params),
+        "vocabulary pass": lambda: vocabulary(hidden, teacher_hidden, params),
         "optimizer and teacher's average": threaded("update", update, grads),
         "the multiplier alone": threaded("multiply", multiply),
     }
@@ -200,7 +199,7 @@ def with_params(preset: Preset, mesh, options: decoder.Options):
     return config, graphdef, {**params, "embed_tokens": 3 * params["embed_tokens"]}
 
 
-def make_peer(folder, preset: Preset, batch: Batch, threads: int | None):
+def make_peer(folder, preset: Preset, examples: Examples, threads: int | None):
     """The peer and no reason, or no peer and the reason."""
     try:
         import torch_peer
@@ -211,7 +210,7 @@ def make_peer(folder, preset: Preset, batch: Batch, threads: int | None):
         return None, "this torch cannot use the GPU"
     bfloat16 = preset.dtype == jnp.bfloat16
     peer = torch_peer.Peer(
-        *(folder, batch, DISTILLATION, SETTINGS),
+        *(folder, examples, DISTILLATION, SETTINGS),
         bfloat16=bfloat16,
         device=device,
         threads=threads,
@@ -248,14 +247,14 @@ def main() -> None:
         "teacher_prompt": preset.prompt + preset.feedback,
         "response": preset.response,
     }
-    batch = cases.make_batch(**sizes, vocab=config.vocab_size)
+    examples = cases.make_examples(**sizes, vocab=config.vocab_size)
     distillation = dataclasses.replace(DISTILLATION, chunk_size=args.chunk_size)
 
     peer, absent = None, "left out by --no-torch"
     if not args.no_torch:
         with tempfile.TemporaryDirectory() as folder:
             hf.save(folder, graphdef, params)
-            peer, absent = make_peer(folder, preset, batch, threads)
+            peer, absent = make_peer(folder, preset, examples, threads)
     losses: dict[str, list[float]] = {"pgpo_jax": [], "torch": []}
     seconds = measure.Seconds({}, {})
     peer_versions: dict[str, str] = {}
@@ -279,8 +278,8 @@ def main() -> None:
 
     optimizer = make_optimizer(SETTINGS)
     where = train_state_shardings(params, optimizer)
-    step = make_train_step(graphdef, optimizer, distillation, where)
-    on_mesh = sharding.to_global(batch, mesh)
+    step = make_train_step(graphdef, optimizer, fused.Options(distillation), where)
+    on_mesh = cases.place(examples, mesh)
     # The parts need the parameters again; the update's are donated.
     state = init_train_state(jax.tree.map(jnp.copy, params), optimizer)
     start = time.perf_counter()

@@ -13,92 +13,107 @@ from here to the optimizer, as it does in any backward pass, which begins with t
 on CPU at 152k rows: recomputing takes 1.8 times the CPU time, and no less memory.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pgpo_jax import distributions, information, losses, methods
+from pgpo_jax import distributions, information, losses
 from pgpo_jax.errors import InputError
 from pgpo_jax.sharding import BATCH_AXES
 
 
-class Terms(NamedTuple):
-    """What is measured at every token, `[tokens]` float32 each, in nats; without gradient."""
+class Side(NamedTuple):
+    """What a model says at every token, before the product with its output matrix."""
 
-    divergence: Float[Array, " tokens"]
-    token_log_probs: Float[Array, " tokens"]
+    hidden: Float[Array, "tokens embed"]
+    """Final hidden states that predict the tokens, float32 or bfloat16."""
+    head: Float[Array, "vocab embed"]
+    """The output matrix, any float dtype."""
+
+
+class Tokens(NamedTuple):
+    """The response tokens, and what they weigh in the loss."""
+
+    tokens: Int[Array, " tokens"]
+    """The sampled tokens."""
+    weights: Float[Array, " tokens"]
+    """Weight of a token's divergence (`losses.token_weights`). A token of weight 0 does not count,
+    whatever it holds, but is measured like the others."""
+    sampler_log_probs: Float[Array, " tokens"] | None = None
+    """Log-probs under the policy that sampled, nats. None leaves the importance weights at 1, as
+    `config.importance_cap = None` does."""
+    policy: Any = None
+    """What `Options.policy_terms` reads, a tree of `[tokens]` arrays; its field `weights` weighs
+    the terms. None for no policy gradient."""
+
+
+class Terms(NamedTuple):
+    """What is measured at every token, float32, in nats; without gradient."""
+
+    divergence: Float[Array, "*tokens"]
+    token_log_probs: Float[Array, "*tokens"]
     """The student's log-probability of the token, at the temperature of the loss."""
-    teacher_token_log_probs: Float[Array, " tokens"]
-    student_entropy: Float[Array, " tokens"]
-    teacher_entropy: Float[Array, " tokens"]
-    information: dict[str, Float[Array, " tokens"]]
+    teacher_token_log_probs: Float[Array, "*tokens"]
+    student_entropy: Float[Array, "*tokens"]
+    teacher_entropy: Float[Array, "*tokens"]
+    information: dict[str, Float[Array, "*tokens"]]
     """Per estimator asked for: its terms, to be reduced by `information.reduce`."""
-    weight: Float[Array, " tokens"]
+    weight: Float[Array, "*tokens"]
     """The importance weight in use; 1 without a correction for the sampler."""
-    policy: Float[Array, " tokens"] | None
+    policy: Float[Array, "*tokens"] | None
     """The policy gradient's loss; None where there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the pass computes, and where."""
+
+    config: losses.DistillationConfig
+    """Divergence, top k, temperature, importance cap, and tokens per chunk."""
+    estimators: tuple[information.Estimator, ...] = ()
+    """Information estimates wanted beside `config.estimator`."""
+    vocab_size: int | None = None
+    """Rows of the heads from this one on are padding: probability 0, gradient 0."""
+    mesh: Mesh | None = None
+    """Where the arrays live: tokens split over `data` and `fsdp`, the vocabulary over `tensor`.
+    Every device then walks over its own tokens, and the head's gradient is summed over devices
+    once, at the end. None for one device."""
+    policy_terms: Callable[[Array, Array | None, Array, Any], Array] | None = None
+    """A policy gradient: the student's log-prob of the token, the sampler's (or None), the
+    student's log-prob of the teacher's likeliest token, and `Tokens.policy` -> its loss."""
 
 
 class _Rows(NamedTuple):
     """The inputs that have one row per token and get no gradient."""
 
     teacher_hidden: Array
-    tokens: Array
-    weights: Array
-    sampler_log_probs: Array | None
-    policy: methods.Policy | None
+    tokens: Tokens
 
 
 def distill(
-    student_hidden: Float[Array, "tokens embed"],
-    student_head: Float[Array, "vocab embed"],
-    teacher_hidden: Float[Array, "tokens teacher_embed"],
-    teacher_head: Float[Array, "vocab teacher_embed"],
-    tokens: Int[Array, " tokens"],
-    weights: Float[Array, " tokens"],
-    sampler_log_probs: Float[Array, " tokens"] | None = None,
-    policy: methods.Policy | None = None,
-    *,
-    config: losses.DistillationConfig,
-    objective: methods.ObjectiveConfig = methods.SDPO,
-    vocab_size: int | None = None,
-    estimators: Sequence[information.Estimator] = ("entropy_gap",),
-    mesh: Mesh | None = None,
+    student: Side, teacher: Side, tokens: Tokens, options: Options
 ) -> tuple[Float[Array, ""], Terms]:
     """The distillation loss of a batch of tokens, and all that is measured at them, in one pass.
 
     The loss is the sum over tokens of weight * importance weight * divergence, plus that of the
-    policy gradient's terms by their own weights, where there is one. Its gradient goes to
-    `student_hidden` and `student_head`. Products take the hidden states' dtype and sum in
-    float32; logits and everything after them are float32. Where only the value is wanted, no
-    gradient is computed.
+    policy gradient's terms by their own weights, where there is one. Its gradient goes to the
+    student's two arrays. Products take the hidden states' dtype and sum in float32; logits and
+    everything after them are float32. Where only the value is wanted, no gradient is computed.
 
     Args:
-      student_hidden: Final hidden states that predict `tokens`, float32 or bfloat16.
-      student_head: The student's output matrix, any float dtype; its gradient sums in float32.
-      teacher_hidden: The teacher's hidden states for the same tokens.
-      teacher_head: The teacher's output matrix.
-      tokens: The sampled response tokens.
-      weights: Weight of every token in the loss (`losses.token_weights`). A token of weight 0
-        does not count, whatever it holds, but is measured like the others.
-      sampler_log_probs: Log-probs under the policy that sampled. None leaves the importance
-        weights at 1, as `config.importance_cap = None` does.
-      policy: Advantages and weights of a policy gradient (`objectives`); None for none.
-      config: Divergence, top k, temperature, importance cap, and tokens per chunk.
-      objective: How the policy gradient's advantages and clipping are.
-      vocab_size: Rows of the heads from this one on are padding: probability 0, gradient 0.
-      estimators: Names of the information estimates wanted.
-      mesh: Where the arrays live: tokens split over `data` and `fsdp`, the vocabulary over
-        `tensor`. Every device then walks over its own tokens, and the head's gradient is summed
-        over devices once, at the end. None for one device.
+      student: Its head's gradient sums in float32.
+      teacher: For the same tokens; its hidden states may have another width.
+      tokens: Tokens and weights.
+      options: What to compute.
 
     Returns:
-      The loss, a float32 scalar, and the `Terms`.
+      The loss, a float32 scalar, and the `Terms`, `[tokens]` each.
 
     Raises:
       InputError: The shapes do not fit together.
@@ -108,20 +123,14 @@ def distill(
       Wang et al., PGPO, https://arxiv.org/abs/2606.03620 (the information)
       Hsu et al., Liger Kernel, https://arxiv.org/abs/2410.10989 (gradients in the forward pass)
     """
-    _check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, tokens)
-    measure = functools.partial(
-        token_terms,
-        config=config,
-        objective=objective,
-        vocab_size=vocab_size,
-        estimators=tuple(estimators),
-    )
-    walk = functools.partial(_walk, measure=measure, chunk_size=config.chunk_size, mesh=mesh)
+    _check_shapes(student, teacher, tokens.tokens)
+    measure = functools.partial(token_terms, options=options)
+    walk = functools.partial(_walk, measure=measure, options=options)
 
     def run(hidden, head, teacher_head, rows, with_gradient: bool):
         heads = head.astype(hidden.dtype), teacher_head.astype(rows.teacher_hidden.dtype)
-        terms, d_hidden, d_head = walk(hidden, rows, *heads, with_gradient=with_gradient)
-        loss = jnp.sum(_token_loss(terms, rows))
+        terms, d_hidden, d_head = walk(hidden, rows, heads, with_gradient=with_gradient)
+        loss = jnp.sum(_token_loss(terms, rows.tokens))
         return (loss, terms), (d_hidden, jax.tree.map(lambda x: x.astype(head.dtype), d_head))
 
     @jax.custom_vjp
@@ -137,73 +146,68 @@ def distill(
         return d_hidden, d_head, None, None
 
     vocabulary_pass.defvjp(forward, backward)
-    rows = _Rows(teacher_hidden, tokens, weights.astype(jnp.float32), sampler_log_probs, policy)
-    loss, terms = vocabulary_pass(
-        student_hidden, student_head, *jax.lax.stop_gradient((teacher_head, rows))
-    )
+    rows = _Rows(teacher.hidden, tokens._replace(weights=tokens.weights.astype(jnp.float32)))
+    loss, terms = vocabulary_pass(*student, *jax.lax.stop_gradient((teacher.head, rows)))
     return loss, jax.lax.stop_gradient(terms)
 
 
-def score(
-    hidden: Float[Array, "tokens embed"],
-    head: Float[Array, "vocab embed"],
-    tokens: Int[Array, " tokens"],
-    *,
-    config: losses.DistillationConfig,
-    vocab_size: int | None = None,
-    mesh: Mesh | None = None,
-) -> Float[Array, " tokens"]:
-    """Log-probs of tokens at the loss's temperature, nats, without gradient; arguments as in
-    `distill`."""
+def score(side: Side, tokens: Int[Array, " tokens"], options: Options) -> Float[Array, " tokens"]:
+    """Log-probs of tokens at the loss's temperature, nats, without gradient."""
 
-    def token_log_probs(logits, _, tokens, *unused):
-        masked = distributions.mask_padding(logits / config.temperature, vocab_size)
-        return information.at_tokens(distributions.log_probs(masked), tokens)
+    def token_log_probs(logits, _, rows):
+        masked = distributions.mask_padding(logits / options.config.temperature, options.vocab_size)
+        return information.at_tokens(distributions.log_probs(masked), rows.tokens)
 
-    hidden, head = jax.lax.stop_gradient((hidden, head.astype(hidden.dtype)))
-    rows = _Rows(hidden, tokens, jnp.zeros(tokens.shape), None, None)
+    hidden, head = jax.lax.stop_gradient((side.hidden, side.head.astype(side.hidden.dtype)))
+    rows = _Rows(hidden, Tokens(tokens, jnp.zeros(tokens.shape)))
     # Nothing reads the second side's logits, so the compiler leaves them out.
     return _walk(
-        hidden,
-        rows,
-        head,
-        head,
-        measure=token_log_probs,
-        chunk_size=config.chunk_size,
-        mesh=mesh,
-        with_gradient=False,
+        hidden, rows, (head, head), measure=token_log_probs, options=options, with_gradient=False
     )[0]
+
+
+class _Weighted(NamedTuple):
+    weights: Array
+
+
+def cross_entropy(
+    side: Side, tokens: Int[Array, " tokens"], weights: Float[Array, " tokens"], options: Options
+) -> Float[Array, ""]:
+    """Sum over tokens of weight * -log-prob at the loss's temperature, nats; the gradient goes to
+    both arrays of `side`."""
+    options = dataclasses.replace(
+        options,
+        config=dataclasses.replace(options.config, kind="sampled"),  # the divergence that is free
+        policy_terms=lambda token_log_probs, *_: -token_log_probs,
+    )
+    rows = Tokens(tokens, jnp.zeros_like(weights), policy=_Weighted(weights))
+    return distill(side, side, rows, options)[0]
 
 
 def token_terms(
     student_logits: Float[Array, "*tokens vocab"],
     teacher_logits: Float[Array, "*tokens vocab"],
-    tokens: Int[Array, "*tokens"],
-    sampler_log_probs: Float[Array, "*tokens"] | None,
-    policy: methods.Policy | None = None,
-    *,
-    config: losses.DistillationConfig,
-    objective: methods.ObjectiveConfig = methods.SDPO,
-    vocab_size: int | None,
-    estimators: Sequence[information.Estimator],
+    rows: Tokens,
+    options: Options,
 ) -> Terms:
-    """All `Terms` of tokens whose logits are at hand; arguments as in `distill`.
+    """All `Terms` of tokens whose logits are at hand.
 
     In here, `divergence` and `policy` do carry a gradient, to `student_logits`.
     """
+    config, tokens = options.config, rows.tokens
     student, teacher = (
-        distributions.mask_padding(logits / config.temperature, vocab_size)
+        distributions.mask_padding(logits / config.temperature, options.vocab_size)
         for logits in (student_logits, teacher_logits)
     )
     # The functions below normalise the same logits again; the compiler does it once.
     log_s, log_q = distributions.log_probs(student), distributions.log_probs(teacher)
     token_log_probs = information.at_tokens(log_s, tokens)
     teacher_token_log_probs = information.at_tokens(log_q, tokens)
-    chosen = information.at_tokens(log_s, jnp.argmax(log_q, axis=-1))
+    at_argmax = information.at_tokens(log_s, jnp.argmax(log_q, axis=-1))
     if config.kind == "sampled":
         divergence = losses.sampled_divergence(token_log_probs, teacher_token_log_probs)
-    elif config.kind == "choice":
-        divergence = -chosen
+    elif config.kind == "teacher_argmax":
+        divergence = -at_argmax
     else:
         divergence = losses.divergence(
             student,
@@ -213,30 +217,31 @@ def token_terms(
             top_k=config.top_k,
             tail=config.tail,
         )
-    weight = jnp.ones_like(token_log_probs)
-    if sampler_log_probs is not None and config.importance_cap is not None:
-        weight = losses.importance_weight(token_log_probs, sampler_log_probs, config.importance_cap)
+    old, weight = rows.sampler_log_probs, jnp.ones_like(token_log_probs)
+    if old is not None and config.importance_cap is not None:
+        weight = losses.importance_weight(token_log_probs, old, config.importance_cap)
     measured = {
         "token_log_probs": token_log_probs,
         "teacher_token_log_probs": teacher_token_log_probs,
         "student_entropy": distributions.entropy(log_s),
         "teacher_entropy": distributions.entropy(log_q),
         "information": {
-            name: information.terms(name, student, teacher, tokens) for name in estimators
+            name: information.terms(name, student, teacher, tokens)
+            for name in dict.fromkeys((config.estimator, *options.estimators))
         },
         "weight": weight,
     }
-    loss = None
-    if policy is not None:
-        loss = methods.policy_terms(token_log_probs, sampler_log_probs, chosen, policy, objective)
-    return Terms(divergence=divergence, policy=loss, **jax.lax.stop_gradient(measured))
+    policy = None
+    if rows.policy is not None and options.policy_terms is not None:
+        policy = options.policy_terms(token_log_probs, old, at_argmax, rows.policy)
+    return Terms(divergence=divergence, policy=policy, **jax.lax.stop_gradient(measured))
 
 
-def _token_loss(terms: Terms, rows: _Rows) -> Array:
+def _token_loss(terms: Terms, rows: Tokens) -> Array:
     """What every token adds to the loss. A token that does not count may hold anything."""
     weight = rows.weights * terms.weight
     loss = jnp.where(rows.weights != 0, weight * terms.divergence, 0)
-    if rows.policy is not None and terms.policy is not None:
+    if terms.policy is not None:
         weight = rows.policy.weights
         loss += jnp.where(weight != 0, weight * terms.policy, 0)
     return loss
@@ -249,18 +254,22 @@ def logits(
     return jnp.einsum("cd,vd->cv", hidden, head, preferred_element_type=jnp.float32)
 
 
-def _walk(hidden, rows, student_head, teacher_head, *, measure, chunk_size, mesh, with_gradient):
+def _walk(hidden, rows: _Rows, heads, *, measure, options: Options, with_gradient: bool):
     """Every device walks over its own tokens, with its part of the vocabulary in sight.
 
     Returns:
-      The terms, and the gradients for `hidden` and `student_head` (None without gradient).
+      The terms, and the gradients for `hidden` and the student's head (None without gradient).
     """
+    mesh = options.mesh
     over_chunks = functools.partial(
-        _over_chunks, measure=measure, chunk_size=chunk_size, with_gradient=with_gradient
+        _over_chunks,
+        measure=measure,
+        chunk_size=options.config.chunk_size,
+        with_gradient=with_gradient,
     )
-    count, (vocab, embed) = hidden.shape[0], student_head.shape
+    count, (vocab, embed) = hidden.shape[0], heads[0].shape
     if mesh is None or mesh.size == 1:
-        *per_token, d_head = over_chunks(hidden, rows, student_head, teacher_head, vocab_shards=1)
+        *per_token, d_head = over_chunks(hidden, rows, heads, vocab_shards=1)
         return *per_token, jax.tree.map(lambda x: x.reshape(vocab, embed), d_head)
 
     def place(array, *axes):
@@ -279,19 +288,19 @@ def _walk(hidden, rows, student_head, teacher_head, *, measure, chunk_size, mesh
         jax.shard_map,
         mesh=mesh,
         axis_names=set(BATCH_AXES),
-        in_specs=(by_token, by_token, whole, whole),
+        in_specs=(by_token, by_token, whole),
         out_specs=by_token,
         check_vma=False,
     )
-    def on_each(hidden, rows, *heads):
-        *per_token, d_head = over_chunks(hidden, rows, *heads, vocab_shards=vocab_shards)
+    def on_each(hidden, rows, heads):
+        *per_token, d_head = over_chunks(hidden, rows, heads, vocab_shards=vocab_shards)
         return *per_token, jax.tree.map(lambda x: x[None], d_head)
 
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = jax.tree.map(lambda x: _fill(x, -(-count // shards) * shards), (hidden, rows))
     # Whole in `embed`: gathered once and in the compute dtype, not in every chunk.
-    heads = (place(head, "tensor", None) for head in (student_head, teacher_head))
-    *per_token, d_head = on_each(*rows, *heads)
+    heads = tuple(place(head, "tensor", None) for head in heads)
+    *per_token, d_head = on_each(*rows, heads)
     # The head's gradient is summed over shards once, straight into the parameter's layout.
     d_head = jax.tree.map(
         lambda x: place(jnp.sum(x, axis=0).reshape(vocab, embed), "tensor", "fsdp"), d_head
@@ -299,10 +308,9 @@ def _walk(hidden, rows, student_head, teacher_head, *, measure, chunk_size, mesh
     return *jax.tree.map(lambda x: x[:count], per_token), d_head
 
 
-def _over_chunks(
-    hidden, rows, student_head, teacher_head, *, measure, chunk_size, with_gradient, vocab_shards
-):
+def _over_chunks(hidden, rows: _Rows, heads, *, measure, chunk_size, with_gradient, vocab_shards):
     """Returns as `_walk`; the head's gradient is `[vocab_shards, vocab / vocab_shards, embed]`."""
+    student_head, teacher_head = heads
     count, (vocab, embed) = hidden.shape[0], student_head.shape
     chunks = max(1, -(-count // chunk_size))
     chunk = -(-count // chunks)  # even chunks need the least filling up
@@ -313,23 +321,22 @@ def _over_chunks(
         return _fill(rows, chunks * chunk).reshape(chunks, chunk, *rows.shape[1:])
 
     def step(d_head, rows_of_chunk):
-        hidden, rows = rows_of_chunk
+        hidden, (teacher_hidden, tokens) = rows_of_chunk
         student = _keep(logits(hidden, student_head), None, tensor)
-        teacher = _keep(logits(rows.teacher_hidden, teacher_head), None, tensor)
+        teacher = _keep(logits(teacher_hidden, teacher_head), None, tensor)
 
         def token_loss(student):
-            terms = measure(student, teacher, rows.tokens, rows.sampler_log_probs, rows.policy)
-            return _token_loss(terms, rows), terms
+            terms = measure(student, teacher, tokens)
+            return _token_loss(terms, tokens), terms
 
         if not with_gradient:
-            terms = measure(student, teacher, rows.tokens, rows.sampler_log_probs, rows.policy)
-            return None, (terms, None)
+            return None, (measure(student, teacher, tokens), None)
         loss, gradient_of, terms = jax.vjp(token_loss, student, has_aux=True)
         (d_logits,) = gradient_of(jnp.ones_like(loss))
         # A token that does not count may hold anything, NaN included.
-        counts = rows.weights[:, None] != 0
-        if rows.policy is not None:
-            counts |= rows.policy.weights[:, None] != 0
+        counts = tokens.weights[:, None] != 0
+        if tokens.policy is not None:
+            counts |= tokens.policy.weights[:, None] != 0
         d_logits = _keep(jnp.where(counts, d_logits, 0), None, tensor)
         hidden = jnp.where(counts, hidden, 0)
         d_hidden = jnp.einsum(
@@ -386,12 +393,12 @@ def _fill(rows, size: int):
     return jnp.pad(rows, [(0, size - rows.shape[0])] + [(0, 0)] * (rows.ndim - 1))
 
 
-def _check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, tokens):
-    count, vocab = tokens.shape[0], student_head.shape[0]
+def _check_shapes(student: Side, teacher: Side, tokens: Array) -> None:
+    count, vocab = tokens.shape[0], student.head.shape[0]
     wanted = {
-        "student_hidden": (student_hidden, (count, student_head.shape[1])),
-        "teacher_hidden": (teacher_hidden, (count, teacher_head.shape[1])),
-        "teacher_head": (teacher_head, (vocab, teacher_head.shape[1])),
+        "student.hidden": (student.hidden, (count, student.head.shape[1])),
+        "teacher.hidden": (teacher.hidden, (count, teacher.head.shape[1])),
+        "teacher.head": (teacher.head, (vocab, teacher.head.shape[1])),
     }
     for name, (array, shape) in wanted.items():
         if array.shape != shape:

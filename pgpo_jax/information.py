@@ -19,17 +19,17 @@ ESTIMATORS = get_args(Estimator)
 
 
 def entropy_gap(
-    student_logits: Float[Array, "batch time vocab"],
-    teacher_logits: Float[Array, "batch time vocab"],
-) -> Float[Array, "batch time"]:
+    student_logits: Float[Array, "*tokens vocab"],
+    teacher_logits: Float[Array, "*tokens vocab"],
+) -> Float[Array, "*tokens"]:
     """H(student) - H(teacher), the paper's estimator (eq. 8).
 
     Args:
-      student_logits: Logits of the student, `[batch, time, vocab]`.
+      student_logits: Logits of the student, `[*tokens, vocab]`.
       teacher_logits: Logits of the teacher for the same response tokens, same shape.
 
     Returns:
-      Nats per token, `[batch, time]`. Negative where the context makes the teacher less certain
+      Nats per token, `[*tokens]`. Negative where the context makes the teacher less certain
       than the student.
     """
     log_s, log_q = distributions.log_probs(student_logits), distributions.log_probs(teacher_logits)
@@ -37,9 +37,9 @@ def entropy_gap(
 
 
 def conditional_kl(
-    student_logits: Float[Array, "batch time vocab"],
-    teacher_logits: Float[Array, "batch time vocab"],
-) -> Float[Array, "batch time"]:
+    student_logits: Float[Array, "*tokens vocab"],
+    teacher_logits: Float[Array, "*tokens vocab"],
+) -> Float[Array, "*tokens"]:
     """KL(teacher || student), the exact integrand of a conditional mutual information; never
     negative.
 
@@ -50,9 +50,9 @@ def conditional_kl(
 
 
 def jensen_shannon(
-    student_logits: Float[Array, "batch time vocab"],
-    teacher_logits: Float[Array, "batch time vocab"],
-) -> Float[Array, "batch time"]:
+    student_logits: Float[Array, "*tokens vocab"],
+    teacher_logits: Float[Array, "*tokens vocab"],
+) -> Float[Array, "*tokens"]:
     """Jensen-Shannon divergence of student and teacher, in [0, ln 2].
 
     Args and Returns as `entropy_gap`.
@@ -62,17 +62,17 @@ def jensen_shannon(
 
 
 def pointwise(
-    student_logits: Float[Array, "batch time vocab"],
-    teacher_logits: Float[Array, "batch time vocab"],
-    tokens: Int[Array, "batch time"],
-) -> Float[Array, "batch time"]:
+    student_logits: Float[Array, "*tokens vocab"],
+    teacher_logits: Float[Array, "*tokens vocab"],
+    tokens: Int[Array, "*tokens"],
+) -> Float[Array, "*tokens"]:
     """log teacher(y_t) - log student(y_t) at the sampled tokens.
 
     Its expectation under the student is -KL(student || teacher), so it is never positive in
     expectation: it means the opposite of the other estimators, and a multiplier built on it brakes
     where they accelerate.
 
-    Args and Returns as `entropy_gap`, with the response `tokens`, `[batch, time]`.
+    Args and Returns as `entropy_gap`, with the response `tokens`, `[*tokens]`.
     """
     log_s, log_q = distributions.log_probs(student_logits), distributions.log_probs(teacher_logits)
     return jax.lax.stop_gradient(at_tokens(log_q, tokens) - at_tokens(log_s, tokens))
@@ -87,10 +87,10 @@ def at_tokens(
 
 def terms(
     estimator: Estimator,
-    student_logits: Float[Array, "batch time vocab"],
-    teacher_logits: Float[Array, "batch time vocab"],
-    tokens: Int[Array, "batch time"],
-) -> Float[Array, "batch time"]:
+    student_logits: Float[Array, "*tokens vocab"],
+    teacher_logits: Float[Array, "*tokens vocab"],
+    tokens: Int[Array, "*tokens"],
+) -> Float[Array, "*tokens"]:
     """The per-token terms of the estimator of that name."""
     if estimator == "pointwise":
         return pointwise(student_logits, teacher_logits, tokens)

@@ -19,9 +19,9 @@ Aggregation = Literal["sequence_mean", "token_mean"]
 class DistillationConfig:
     """How the student is pulled towards the teacher, and how their information is estimated."""
 
-    kind: Literal["forward_kl", "reverse_kl", "jsd", "sampled", "choice"] = "jsd"
+    kind: Literal["forward_kl", "reverse_kl", "jsd", "sampled", "teacher_argmax"] = "jsd"
     """Divergence per response token; `sampled` is the cheap score-function estimate of the reverse
-    KL, `choice` the cross-entropy with the teacher's likeliest token (TGPO, reg)."""
+    KL, `teacher_argmax` the cross-entropy with the teacher's likeliest token (TGPO, reg)."""
     jsd_weight: float = 0.5
     """Weight w of the teacher in the mixture M = (1 - w) student + w teacher of `jsd`."""
     top_k: int | None = 100
@@ -62,18 +62,18 @@ class DistillationConfig:
 
 
 def divergence(
-    student_logits: Float[Array, "batch time vocab"],
-    teacher_logits: Float[Array, "batch time vocab"],
+    student_logits: Float[Array, "*tokens vocab"],
+    teacher_logits: Float[Array, "*tokens vocab"],
     *,
     kind: Kind = "jsd",
     jsd_weight: float = 0.5,
     top_k: int | None = None,
     tail: bool = True,
-) -> Float[Array, "batch time"]:
+) -> Float[Array, "*tokens"]:
     """Divergence of student S and teacher Q at every token, in nats.
 
     Args:
-      student_logits: Logits over the temperature, `[batch, time, vocab]`; the gradient flows here
+      student_logits: Logits over the temperature, `[*tokens, vocab]`; the gradient flows here
         only.
       teacher_logits: The teacher's, for the same tokens.
       kind: `forward_kl` is KL(Q || S), `reverse_kl` is KL(S || Q), `jsd` the weighted
@@ -83,7 +83,7 @@ def divergence(
       tail: With `top_k`, whether the rest of both distributions is kept as one more bucket.
 
     Returns:
-      Nats per token, `[batch, time]`.
+      Nats per token, `[*tokens]`.
 
     References:
       Hübotter et al., SDPO, https://arxiv.org/abs/2601.20802
@@ -118,8 +118,8 @@ def _with_tail(log_p):
 
 
 def sampled_divergence(
-    token_log_probs: Float[Array, "batch time"], teacher_token_log_probs: Float[Array, "batch time"]
-) -> Float[Array, "batch time"]:
+    token_log_probs: Float[Array, "*tokens"], teacher_token_log_probs: Float[Array, "*tokens"]
+) -> Float[Array, "*tokens"]:
     """Score-function estimate of the reverse KL from the sampled tokens alone.
 
     Its gradient is, in expectation over the student's samples, the gradient of KL(student ||
@@ -130,10 +130,10 @@ def sampled_divergence(
 
 
 def importance_weight(
-    log_probs: Float[Array, "batch time"],
-    old_log_probs: Float[Array, "batch time"],
+    log_probs: Float[Array, "*tokens"],
+    old_log_probs: Float[Array, "*tokens"],
     cap: float = 2.0,
-) -> Float[Array, "batch time"]:
+) -> Float[Array, "*tokens"]:
     """min(exp(log_probs - old_log_probs), cap) without gradient; the difference is clipped to +-20
     first.
 

@@ -244,7 +244,7 @@ def reprompt(
     outcomes: Sequence[Sequence[Outcome]],
     rng: np.random.Generator,
     config: RepromptConfig,
-) -> data.Contexts:
+) -> data.TeacherPrompts:
     """Builds the teacher's prompt of every response.
 
     Args:
@@ -256,8 +256,8 @@ def reprompt(
         config: thresholds, templates (`with_templates` adds a task's), limit, controls.
 
     Returns:
-        Contexts of `Q * G` rows, question-major, as wide as the widest of all hosts. A response
-        that got neither demonstration nor feedback has `has_context` False and the original prompt.
+        `Q * G` rows, question-major, as wide as the widest of all hosts. A response that got
+        neither demonstration nor feedback has `has_context` False and the original prompt.
 
     Raises:
         InputError: if not even one character of a demonstration or feedback fits the limit.
@@ -270,7 +270,7 @@ def reprompt(
         shown = [row._replace(demonstration=None, feedback="") for row in shown]
     prompts = _build_prompts(policy, questions, rollouts, shown, config)
     tokens, mask = _pad([prompts[row].tokens for row in shown], config.max_length)
-    return data.Contexts(
+    return data.TeacherPrompts(
         prompts=tokens,
         prompt_mask=mask,
         has_context=has_context,
@@ -364,13 +364,13 @@ def _builder(policy: Policy, question: Question, templates: Mapping[str, str]) -
     return build
 
 
-def show_answers(
+def answer_prompts(
     policy: Policy,
     questions: Sequence[Question],
     rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
     config: RepromptConfig,
-) -> data.Evidence:
+) -> data.AnswerPrompts:
     """Prompts that show the right final answer, and that of a group's worst wrong response.
 
     The worst has the lowest reward (the first of several); its final answer is what stands in its
@@ -408,7 +408,7 @@ def show_answers(
     def pad(rows: list[list[int]]) -> list[np.ndarray]:
         return [np.repeat(array, samples, axis=0) for array in _pad(rows, config.max_length)]
 
-    return data.Evidence(
+    return data.AnswerPrompts(
         *pad(right),
         *pad([encode(index, answer) for index, answer in enumerate(wrong)]),
         has_wrong=np.repeat([answer is not None for answer in wrong], samples),

@@ -1,7 +1,8 @@
 """One update as one jitted function: both forwards, divergence, information, optimizer, teacher."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,167 +11,80 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from pgpo_jax import information, losses, methods, sharding
-from pgpo_jax.data import Batch, Packed, packing
-from pgpo_jax.fused import distill, score
-from pgpo_jax.methods import SDPO, ObjectiveConfig, Policy
+from pgpo_jax import fused, information, sharding
+from pgpo_jax.data import Batch
+from pgpo_jax.data.batch import (
+    micro_batches,
+    padding_fraction,
+    response_hidden,
+    responses_of,
+    to_mean_1,
+    to_tokens,
+)
+from pgpo_jax.fused import Side, Terms
 from pgpo_jax.models import GraphDef, merge
+from pgpo_jax.objective import SDPO, Forward, Objective, weighted_sum
 from pgpo_jax.optimizer import information_state
 from pgpo_jax.state import TrainState
-from pgpo_jax.teacher import AVERAGE, TeacherConfig, mix_logits, refresh
+from pgpo_jax.teacher import AVERAGE, TeacherConfig, refresh, taught
+
+Measured = dict[str, Float[Array, "..."]]
 
 
 def make_train_step(
     graphdef: GraphDef,
     optimizer: optax.GradientTransformationExtraArgs,
-    config: losses.DistillationConfig,
+    options: fused.Options,
     shardings: TrainState,
     *,
-    objective: ObjectiveConfig = SDPO,
+    objective: Objective = SDPO,
     teacher_config: TeacherConfig = AVERAGE,
     teacher_graphdef: GraphDef | None = None,
-    micro_batches: int = 1,
-    vocab_size: int | None = None,
-    estimators: Sequence[information.Estimator] = (),
-    per_token: bool = False,
-) -> Callable[[TrainState, Batch | Packed], tuple[TrainState, dict[str, Float[Array, "..."]]]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Measured]]:
     """Builds the jitted update: both forwards, divergence, information, optimizer, teacher.
 
-    An update is skipped, the state but for `step` left as it was, when no token adds to the loss
-    (for SDPO: none of a response with a teacher context is there; Adam's momentum would still move
-    the weights) or when loss, information or gradient is not finite; the measurements `skipped`
-    and `finite` say so.
+    An update is skipped, the state but for `step` left as it was, when nothing is learned (for
+    SDPO: no response with a teacher context is there; Adam's momentum would still move the
+    weights) or when loss, information or gradient is not finite; the measurements `skipped` and
+    `finite` say so. Micro-batches are those of the batch (`data.pack`): loss, information and
+    gradients are those of the whole.
 
     Args:
       graphdef: The model of student and teacher.
       optimizer: A chain whose `update` takes `information`.
-      config: Divergence, estimator, aggregation.
-      shardings: Where the state lives (`train_state_shardings`); rows are split over the `data`
-        and `fsdp` axes of its mesh.
-      objective: Which loss; the default is SDPO's. Others read `Batch.judged`, some
-        `Batch.evidence`.
+      options: Of the vocabulary pass. The multiplier reads `options.config.estimator`; the others
+        are measured.
+      shardings: Where the state lives (`train_state_shardings`); parts of a batch are split over
+        the `data` and `fsdp` axes of its mesh.
+      objective: Which loss; the default is SDPO's. Others read `Batch.group`, some further views.
       teacher_config: How the teacher follows the student.
       teacher_graphdef: The teacher's model where it is another one, of the same vocabulary.
-      micro_batches: Parts that the rows of a batch are worked through in. Loss, information and
-        gradients are those of the whole batch, however it is split. A `Packed` batch has its own.
-      vocab_size: Vocabulary rows from this one on are padding.
-      estimators: Further estimators to measure, besides the one that the multiplier reads.
-      per_token: Whether to give the divergence of every token too, as `token_divergence`,
-        in the shape of the batch's `responses`; outside the response mask it may be anything.
 
     Returns:
       `(state, batch) -> (state, measurements)`; the state is donated. Measurements are float32
-      scalars in the units of their definitions (nats per response token).
+      scalars in the units of their definitions (nats per response token), and `token_divergence`,
+      that of every token in the shape of the batch's `responses`; outside the response mask it may
+      be anything.
     """
-    mesh = shardings.step.mesh
-    wanted = tuple(dict.fromkeys((config.estimator, *estimators)))
-    vocabulary = {"config": config, "vocab_size": vocab_size, "mesh": mesh}
-    vocabulary_pass: Any = functools.partial(distill, **vocabulary)
+    mesh, aggregation = shardings.step.mesh, options.config.aggregation
+    options = dataclasses.replace(options, mesh=mesh, policy_terms=objective.policy_terms)
+    models = graphdef, teacher_graphdef or graphdef
 
-    def policy_of(batch: Batch | Packed, weights, log_probs_in) -> Policy | None:
-        """What the policy gradient reads; `log_probs_in(view)` scores the responses."""
-        if not objective.policy:
-            return None
-        names = ("policy", "advantages", "advantage_weight")
-        policy = Policy(*(_flat(weights[name]) for name in names))
-        if objective.needs_evidence:
-            policy = policy._replace(with_right=log_probs_in("right"))
-        if objective.advantage == "contrast":
-            has_wrong = packing.to_tokens(batch, packing.has_wrong(batch))
-            policy = policy._replace(with_wrong=log_probs_in("wrong"), has_wrong=_flat(has_wrong))
-        return policy
-
-    def rehearse(model, batch: Batch | Packed, weights: Array) -> tuple[Array, Array]:
-        """A term whose gradient is that of the cross-entropy after the teacher's prompts, and this.
-
-        It is the policy gradient of an advantage of 1 on the student's own ratio.
-        """
-        inputs = packing.response_hidden(model, batch, "teacher"), model.head()
-        none = jnp.zeros_like(weights)
-        policy = Policy(weights, advantages=none + 1, advantage_weight=none)
-        fixed = jax.lax.stop_gradient(inputs)
-        term, terms = vocabulary_pass(
-            *(*inputs, *fixed, _flat(batch.responses), none), None, policy, estimators=()
-        )
-        return term, _weighted(-terms.token_log_probs, weights)
-
-    def loss_fn(student, teacher, batch: Batch | Packed, weights):
-        tokens, sampled = _flat(batch.responses), _flat(batch.sampler_log_probs)
-        model = merge(graphdef, student)
-        teacher_model = merge(teacher_graphdef or graphdef, teacher)
-        hidden = packing.response_hidden(model, batch, "student")
-        teaching = packing.response_hidden(teacher_model, batch, "teacher"), teacher_model.head()
-        if teacher_config.refresh == "trust_region":
-            live = merge(graphdef, jax.lax.stop_gradient(student))
-            its = packing.response_hidden(live, batch, "teacher"), live.head()
-            teaching = mix_logits(*teaching, *its, teacher_config.mix)
-        inputs = (hidden, model.head(), *teaching, tokens)
-
-        def log_probs_in(view: str):
-            seen = packing.response_hidden(teacher_model, batch, view)
-            return score(seen, teacher_model.head(), tokens, **vocabulary)
-
-        weight = weights["distillation"]
-        if objective.token_weight != "uniform":  # they need every token of a response at once
-            _, terms = vocabulary_pass(
-                *jax.lax.stop_gradient(inputs), _flat(weight), estimators=(config.estimator,)
-            )
-            gaps = terms.information[config.estimator]
-            raw = methods.token_weights(objective, terms.teacher_entropy, gaps)
-            weight *= packing.to_mean_1(batch, raw.reshape(weight.shape))
-        policy = policy_of(batch, weights, log_probs_in)
-        loss, terms = vocabulary_pass(
-            *inputs, _flat(weight), sampled, policy, objective=objective, estimators=wanted
-        )
-        context, every = _flat(weights["context"]), _flat(weights["every"])
-        mismatch = jnp.abs(terms.token_log_probs - sampled)
-        measured = {
-            "information": _weighted(terms.information[config.estimator], context),
-            "divergence": _weighted(terms.divergence, context),
-            "entropy/student": _weighted(terms.student_entropy, context),
-            "entropy/teacher": _weighted(terms.teacher_entropy, context),
-            "importance_weight": _weighted(terms.weight, every),
-            "sampler_mismatch": _weighted(mismatch, every),
-            **{
-                f"information/{name}": _weighted(terms.information[name], context)
-                for name in estimators
-            },
-        }
-        measured["loss"] = loss
-        if policy is not None:
-            measured["loss/policy"] = _weighted(terms.policy, policy.weights)
-        if objective.rehearsal:
-            term, measured["loss/rehearsal"] = rehearse(model, batch, _flat(weights["rehearsal"]))
-            loss += term
+    def loss_fn(student, teacher, batch: Batch, weights):
+        weights = jax.tree.map(_flat, weights)
+        forward = _forward((student, teacher), models, batch, options, teacher_config)
+        loss, terms, measured = objective.loss(forward, weights["loss"])
+        measured |= _measure(terms, weights, batch, options) | {"loss": loss}
         return loss, (measured, terms.divergence.reshape(batch.responses.shape))
 
-    def gradients(student, teacher, batch: Batch | Packed, weights):
-        """Summed over micro-batches, whose weights were fixed on the whole batch; and per token."""
-        grad_fn = jax.grad(loss_fn, has_aux=True)
-        packed = isinstance(batch, Packed)
-        count = packing.micro_batches(batch, mesh) if packed else micro_batches
-        if count == 1:
-            return grad_fn(student, teacher, batch, weights)
-
-        def accumulate(total, part):
-            grads, (measured, divergence) = grad_fn(student, teacher, *part)
-            return jax.tree.map(jnp.add, total, (grads, measured)), divergence
-
-        parts = jax.tree.map(functools.partial(_split, parts=count, mesh=mesh), (batch, weights))
-        first = jax.tree.map(lambda x: x[0], parts)
-        grads, (measured, _) = jax.eval_shape(grad_fn, student, teacher, *first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, measured))
-        (grads, measured), divergence = jax.lax.scan(accumulate, zeros, parts)
-        return grads, (measured, _join(divergence))
-
-    def train_step(state: TrainState, batch: Batch | Packed):
-        per_response, active = _weights(config, objective, batch, state.step)
-        weights = {name: packing.to_tokens(batch, x) for name, x in per_response.items()}
-        grads, (measured, divergence) = gradients(state.student, state.teacher, batch, weights)
+    def train_step(state: TrainState, batch: Batch):
+        weights, learns = _weights(objective, batch, state.step, aggregation)
+        grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.student, state.teacher)
+        count = micro_batches(batch, mesh)
+        grads, (measured, divergence) = _accumulate(grad_fn, (batch, weights), count, mesh)
         grad_norm = optax.tree.norm(grads)
         numbers = (measured["loss"], measured["information"], grad_norm)
         finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, numbers))
-        learns = finite & active
 
         def update(state: TrainState):
             updates, opt_state = optimizer.update(
@@ -184,7 +98,7 @@ def make_train_step(
         def skip(state: TrainState):
             return state, jnp.zeros([])
 
-        state, update_norm = jax.lax.cond(learns, update, skip, state)
+        state, update_norm = jax.lax.cond(learns & finite, update, skip, state)
         if teacher_graphdef is None:
             distance = optax.tree.norm(jax.tree.map(jnp.subtract, state.student, state.teacher))
             measured["teacher_student_distance"] = distance
@@ -193,11 +107,10 @@ def make_train_step(
             "grad_norm": grad_norm,
             "update_norm": update_norm,
             "finite": finite.astype(jnp.float32),
-            "skipped": 1.0 - learns,
-            "padding_fraction": packing.padding_fraction(batch),
+            "skipped": 1.0 - (learns & finite),
+            "padding_fraction": padding_fraction(batch),
+            "token_divergence": divergence,
         }
-        if per_token:
-            measured["token_divergence"] = divergence
         return state._replace(step=state.step + 1), jax.tree.map(place, measured)
 
     def place(x: Array) -> Array:
@@ -210,68 +123,101 @@ def make_train_step(
 
 
 def _weights(
-    config: losses.DistillationConfig,
-    objective: ObjectiveConfig,
-    batch: Batch | Packed,
-    step: Array,
-) -> tuple[dict[str, Array], Array]:
-    """The weight of every response's tokens in the loss and in the measurements, from the whole
-    batch, so that micro-batches cannot change it; and whether the batch adds to the loss at all."""
-    lengths, context = packing.response_lengths(batch), jnp.asarray(batch.has_context).ravel()
-    unknown = methods.Judged(jnp.zeros_like(context), *[jnp.zeros(context.shape)] * 2)
-    judged = jax.tree.map(jnp.ravel, batch.judged or unknown)
-    routes = methods.route(objective, judged.success, context)
-    per_token = losses.response_weights(
-        lengths, routes.policy | routes.distillation, config.aggregation
-    )
-    weights = {
-        "distillation": methods.distillation_coefficient(objective, step)
-        * methods.question_weights(objective, judged.share)
-        * per_token
-        * routes.distillation,
+    objective: Objective, batch: Batch, step: Array, aggregation: Any
+) -> tuple[dict[str, Any], Array]:
+    """The weight of every token, in the loss and in the measurements, from the whole batch; and
+    whether anything is learned."""
+    responses = responses_of(batch)
+    weights, learns = objective.weights(responses, step, aggregation)
+    lengths, context = responses.lengths, responses.has_context
+    per_response = {
+        "loss": weights,
         "context": information.response_weights(lengths, context),
         "every": information.response_weights(lengths, jnp.ones_like(context)),
     }
-    if objective.rehearsal:
-        rehearsed = information.response_weights(lengths, context & judged.success)
-        weights["rehearsal"] = objective.rehearsal * rehearsed
-    counts = lengths > 0
-    active = jnp.any((weights["distillation"] != 0) & counts)
-    if objective.policy:
-        evidence = jnp.full(context.shape, methods.advantage_weight(objective, step))
-        matters = judged.advantages != 0
-        if objective.advantage == "choice":  # without a context its choice is the student's own
-            evidence *= context
-            matters |= evidence != 0  # a gradient even where all rewards are equal
-        weights |= {
-            "policy": objective.policy * per_token * routes.policy,
-            "advantages": judged.advantages,
-            "advantage_weight": evidence,
-        }
-        active |= jnp.any((weights["policy"] != 0) & matters & counts)
-    return weights, active
+    return jax.tree.map(functools.partial(to_tokens, batch), per_response), learns
+
+
+def _forward(
+    params: tuple[Any, Any],
+    models: tuple[GraphDef, GraphDef],
+    batch: Batch,
+    options: fused.Options,
+    teacher_config: TeacherConfig,
+) -> Forward:
+    """The forward passes over a micro-batch; `params` and `models` are student's and teacher's."""
+    tokens, sampled = _flat(batch.responses), _flat(batch.sampler_log_probs)
+    student, teacher = (merge(model, tree) for model, tree in zip(models, params, strict=True))
+    live = merge(models[0], jax.lax.stop_gradient(params[0]))
+
+    def after(model, view: str) -> Side:
+        return Side(response_hidden(model, batch, view), model.head())
+
+    def distill(student: Side, teacher: Side, weights: Array, policy: Any):
+        rows = fused.Tokens(tokens, weights, sampled, policy)
+        return fused.distill(student, teacher, rows, options)
+
+    return Forward(
+        student=lambda view: after(student, view),
+        teacher=lambda view: taught(lambda m: after(m, view), teacher, live, teacher_config),
+        distill=distill,
+        score=lambda side: fused.score(side, tokens, options),
+        cross_entropy=lambda side, weights: fused.cross_entropy(side, tokens, weights, options),
+        to_mean_1=lambda values: to_mean_1(batch, values),
+    )
+
+
+def _measure(
+    terms: Terms, weights: dict[str, Any], batch: Batch, options: fused.Options
+) -> dict[str, Array]:
+    """Means over the tokens of responses with a teacher context, or of every response."""
+    mismatch = jnp.abs(terms.token_log_probs - _flat(batch.sampler_log_probs))
+    of_context = {
+        "information": terms.information[options.config.estimator],
+        "divergence": terms.divergence,
+        "entropy/student": terms.student_entropy,
+        "entropy/teacher": terms.teacher_entropy,
+        **{f"information/{name}": terms.information[name] for name in options.estimators},
+    }
+    of_every = {"importance_weight": terms.weight, "sampler_mismatch": mismatch}
+    return {
+        name: weighted_sum(values, weights[kind])
+        for kind, means in (("context", of_context), ("every", of_every))
+        for name, values in means.items()
+    }
+
+
+def _accumulate(grad_fn: Callable[..., Any], whole: Any, count: int, mesh: Mesh) -> Any:
+    """Gradients and measurements summed over micro-batches, whose weights were fixed on the whole
+    batch; and the divergence of every token."""
+    if count == 1:
+        return grad_fn(*whole)
+
+    def add(total, part):
+        grads, (measured, divergence) = grad_fn(*part)
+        return jax.tree.map(jnp.add, total, (grads, measured)), divergence
+
+    parts = jax.tree.map(functools.partial(_split, parts=count, mesh=mesh), whole)
+    first = jax.tree.map(lambda x: x[0], parts)
+    grads, (measured, _) = jax.eval_shape(grad_fn, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, measured))
+    (grads, measured), divergence = jax.lax.scan(add, zeros, parts)
+    return grads, (measured, _join(divergence))
 
 
 def _flat(x: Any) -> Array:
-    """`[row, time]` or `[part, token]` -> `[token]`."""
+    """`[part, token]` -> `[token]`."""
     return x.reshape(-1)
 
 
-def _weighted(terms: Array, weights: Array) -> Array:
-    """Weighted sum; where the weight is 0 a term may be anything."""
-    return jnp.sum(jnp.where(weights > 0, terms, 0) * weights)
-
-
 def _split(x: Array, parts: int, mesh: Mesh) -> Array:
-    """Rows -> `[part, row, ...]`, each spread over all devices: row r goes to part r % parts.
-
-    The first axis of a `Packed` is by device, then by micro-batch, so it is split the same way.
-    """
+    """The first axis, which is by device, then by micro-batch -> `[micro-batch, device, ...]`, each
+    micro-batch spread over all devices."""
     x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
     where = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
     return jax.lax.with_sharding_constraint(x, where)
 
 
 def _join(x: Array) -> Array:
-    """`[part, row, ...]` -> rows, as they were before `_split`."""
+    """`[micro-batch, device, ...]` -> as it was before `_split`."""
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])

@@ -80,6 +80,23 @@ def refresh(
     return REFRESH[config.refresh](student, teacher, count, config)
 
 
+def taught(side: Callable[[Any], Any], teacher: Any, live: Any, config: TeacherConfig) -> Any:
+    """What the teacher says at the response tokens.
+
+    Args:
+      side: A model -> its `fused.Side`.
+      teacher: The model that follows the student.
+      live: The student, through which no gradient flows.
+      config: The rule.
+    """
+    own = side(teacher)
+    if config.refresh != "trust_region":
+        return own
+    other = side(live)
+    hidden, head = mix_logits(own.hidden, own.head, other.hidden, other.head, config.mix)
+    return own._replace(hidden=hidden, head=head)
+
+
 def mix_logits(
     hidden: Float[Array, "tokens embed"],
     head: Float[Array, "vocab embed"],

@@ -14,14 +14,15 @@ import jax
 import numpy as np
 
 from pgpo_jax import config as config_module
-from pgpo_jax import data, methods, sharding
+from pgpo_jax import data, fused, methods, sharding
 from pgpo_jax.config import Config
-from pgpo_jax.data import Batch, Contexts, Packed, Rollouts, packing
+from pgpo_jax.data import Batch, Rollouts, TeacherPrompts
+from pgpo_jax.data.batch import to_rows
 from pgpo_jax.errors import command
 from pgpo_jax.evaluation import held_out, verify
 from pgpo_jax.logs import read_multipliers
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
-from pgpo_jax.reprompt import reprompt, show_answers
+from pgpo_jax.reprompt import answer_prompts, reprompt
 from pgpo_jax.run import (
     STOPPED,
     Clock,
@@ -62,19 +63,19 @@ def train(config: Config) -> int:
             clock.lap("rollout")
             outcomes = verify(run.task, questions, rollouts.texts)
             rng = np.random.default_rng([config.seed, step])
-            contexts = reprompt(run.policy, questions, rollouts, outcomes, rng, run.reprompt)
-            batch = _make_batch(run, questions, rollouts, outcomes, contexts)
+            shown = reprompt(run.policy, questions, rollouts, outcomes, rng, run.reprompt)
+            batch = _make_batch(run, questions, rollouts, outcomes, shown)
             clock.lap("reprompt")
             updates = int(information_state(state.opt_state).count)
             state, measured = train_step(state, sharding.to_global(batch, run.policy.mesh))
             # Nothing is gained by fetching one step late: the next answers need this student.
-            divergence = _take_divergence(measured, batch)
+            divergence = _take_divergence(run, measured, batch)
             row = {name: float(value) for name, value in jax.device_get(measured).items()}
             clock.lap("train")
-            row |= summarise(run, rollouts, outcomes, contexts, clock)
+            row |= summarise(run, rollouts, outcomes, shown, clock)
             row["skipped/total"] = step - updates + int(row["skipped"])
             row["lr"] = float(np.asarray(learning_rate(run.config.optimizer)(updates)))
-            told = records(questions, rollouts, outcomes, contexts)
+            told = records(questions, rollouts, outcomes, shown)
             tokens = functools.partial(token_columns, run.policy.tokenizer, rollouts, divergence)
             session.writer.samples(step + 1, told, tokens)
             if session.write(step + 1, row):  # an alarm asks for a reaction
@@ -121,18 +122,15 @@ def _build(run: Run, state: TrainState) -> Callable[..., Any]:
     """The update that a run's configuration states."""
     config = run.config
     optimizer = make_optimizer(config.optimizer, read_multipliers(config.optimizer.replay))
+    estimators = tuple(config.metrics.estimators)
     return make_train_step(
         run.policy.graphdef,
         optimizer,
-        config.distillation,
+        fused.Options(config.distillation, estimators, run.policy.sampling.vocab_size),
         train_state_shardings(state.student, optimizer, state.teacher),
-        objective=config.objective,
+        objective=methods.make_objective(config.objective),
         teacher_config=config.teacher,
         teacher_graphdef=run.teacher_graphdef,
-        micro_batches=config.data.micro_batches,
-        vocab_size=run.policy.sampling.vocab_size,
-        estimators=config.metrics.estimators,
-        per_token=config.metrics.samples_per_step > 0,
     )
 
 
@@ -152,22 +150,26 @@ def _make_batch(
     questions: Sequence[Question],
     rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
-    contexts: Contexts,
-) -> Batch | Packed:
+    shown: TeacherPrompts,
+) -> Batch:
     """This host's rows of the update."""
-    config, evidence = run.config, None
-    if config.objective.needs_evidence:
-        evidence = show_answers(run.policy, questions, rollouts, outcomes, run.reprompt)
+    config, answers = run.config, None
+    if config.objective.views:
+        answers = answer_prompts(run.policy, questions, rollouts, outcomes, run.reprompt)
     rewards = [[outcome.reward for outcome in group] for group in outcomes]
-    judged = methods.judge(rewards, run.reprompt.threshold, config.objective.scale_advantage)
-    batch = data.make_batch(rollouts, contexts, judged, evidence)
-    return packing.pack(batch, config.data, run.policy.mesh)
+    group = methods.group_statistics(
+        rewards, run.reprompt.threshold, config.objective.scale_advantage
+    )
+    examples = data.make_examples(rollouts, shown, group, answers)
+    return data.pack(examples, config.data, run.policy.mesh)
 
 
-def _take_divergence(measured: dict[str, Any], batch: Batch | Packed) -> list[np.ndarray] | None:
-    """Takes the divergence of each response's tokens out of the measurements, where it is there."""
-    divergence = sharding.to_host(measured.pop("token_divergence", None))
-    return None if divergence is None else packing.to_rows(batch, divergence)
+def _take_divergence(run: Run, measured: dict[str, Any], batch: Batch) -> list[np.ndarray] | None:
+    """Takes the divergence of each response's tokens out of the measurements, for the samples."""
+    divergence = measured.pop("token_divergence")
+    if not run.config.metrics.samples_per_step:
+        return None
+    return to_rows(batch, sharding.to_host(divergence))
 
 
 def main(argv: Sequence[str]) -> int:

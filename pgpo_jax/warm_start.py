@@ -77,8 +77,12 @@ def warm_start(
 
     def loss_fn(params, rows):
         model = merge(policy.graphdef, params)
-        hidden = model.response_hidden(*rows)
-        _, _, responses, mask = rows
+        prompts, prompt_mask, responses, mask = rows
+        tokens, whole = (
+            jnp.concatenate(pair, 1) for pair in ((prompts, responses), (prompt_mask, mask))
+        )
+        # A token is predicted at the column before it, and prompts end in the last of theirs.
+        hidden = model.hidden(tokens, whole)[:, prompts.shape[1] - 1 : -1]
 
         @jax.checkpoint  # one row's logits at a time
         def row_loss(row):

@@ -96,7 +96,7 @@ ROOT = Path(__file__).parent.parent
         "no such choice": (
             "distillation: {kind: kl}",
             "distillation.kind: got 'kl'; must be one of forward_kl, reverse_kl, jsd, sampled, "
-            "choice",
+            "teacher_argmax",
         ),
         "an objective of nothing": (
             "objective: {distillation: 0}",

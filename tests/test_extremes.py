@@ -54,11 +54,8 @@ def measure(student, teacher, tokens=None, vocab_size=None, **config):
         terms = fused.token_terms(
             student,
             teacher,
-            tokens,
-            jnp.full(tokens.shape, -1.0),
-            config=DistillationConfig(**config),
-            vocab_size=vocab_size,
-            estimators=information.ESTIMATORS,
+            fused.Tokens(tokens, jnp.ones(tokens.shape), jnp.full(tokens.shape, -1.0)),
+            fused.Options(DistillationConfig(**config), information.ESTIMATORS, vocab_size),
         )
         return jnp.sum(terms.divergence), terms
 
@@ -146,7 +143,8 @@ def test_the_vocabulary_pass_stays_finite_where_the_logits_do(kind):
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def loss_fn(hidden, head):
-        return fused.distill(hidden, head, teacher, cases.T, tokens, weights, config=config)
+        sides = fused.Side(hidden, head), fused.Side(teacher, cases.T)
+        return fused.distill(*sides, fused.Tokens(tokens, weights), fused.Options(config))
 
     (loss, terms), gradients = loss_fn(student, head)
     assert all_finite((loss, terms, gradients))

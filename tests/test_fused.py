@@ -34,6 +34,25 @@ def make_inputs(vocab=VOCAB, tokens=TOKENS):
     }
 
 
+def distill(
+    student_hidden,
+    student_head,
+    teacher_hidden,
+    teacher_head,
+    tokens,
+    weights,
+    sampler_log_probs=None,
+    **options,
+):
+    """The vocabulary pass on inputs by name."""
+    return fused.distill(
+        fused.Side(student_hidden, student_head),
+        fused.Side(teacher_hidden, teacher_head),
+        fused.Tokens(tokens, weights, sampler_log_probs),
+        fused.Options(**options),
+    )
+
+
 def straightforward(
     student_hidden,
     student_head,
@@ -45,31 +64,28 @@ def straightforward(
     *,
     config,
     vocab_size=None,
-    estimators=("entropy_gap",),
+    estimators=(),
 ):
     """The same functions on all logits at once."""
     terms = fused.token_terms(
         fused.logits(student_hidden, student_head),
         jax.lax.stop_gradient(fused.logits(teacher_hidden, teacher_head)),
-        tokens,
-        sampler_log_probs,
-        config=config,
-        vocab_size=vocab_size,
-        estimators=estimators,
+        fused.Tokens(tokens, weights, sampler_log_probs),
+        fused.Options(config, estimators, vocab_size),
     )
     return jnp.sum(weights * terms.weight * terms.divergence), terms
 
 
-def value_and_gradients(distill, inputs, **options):
+def value_and_gradients(function, inputs, **options):
     def loss(student_hidden, student_head, others):
-        return distill(student_hidden, student_head, **others, **options)
+        return function(student_hidden, student_head, **others, **options)
 
     others = dict(inputs)
     hidden, head = others.pop("student_hidden"), others.pop("student_head")
-    function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    if distill is fused.distill:  # op by op, the other compiles next to nothing per test
-        function = jax.jit(function)
-    return function(hidden, head, others)
+    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    if function is distill:  # op by op, the other compiles next to nothing per test
+        gradient = jax.jit(gradient)
+    return gradient(hidden, head, others)
 
 
 def assert_same(got, wanted, tolerance=1e-5):
@@ -82,7 +98,7 @@ def assert_same(got, wanted, tolerance=1e-5):
 
 def assert_like_straightforward(config, *, inputs=None, **options):
     inputs = inputs or make_inputs()
-    got = value_and_gradients(fused.distill, inputs, config=config, **options)
+    got = value_and_gradients(distill, inputs, config=config, **options)
     assert_same(got, value_and_gradients(straightforward, inputs, config=config, **options))
     return got
 
@@ -150,14 +166,14 @@ def test_padded_rows_do_not_matter_and_get_no_gradient(top_k):
 def test_a_head_used_twice_gets_both_gradients():
     inputs, tokens = make_inputs(), make_inputs()["tokens"]
 
-    def loss(head, distill):
+    def loss(head, function):
         hidden = jnp.tanh(head[tokens])  # the head is the embedding too
         others = {k: v for k, v in inputs.items() if not k.startswith("student")}
-        return distill(hidden, head, **others, config=CONFIG)[0]
+        return function(hidden, head, **others, config=CONFIG)[0]
 
     got, wanted = (
-        jax.jit(jax.grad(loss), static_argnums=1)(inputs["student_head"], distill)
-        for distill in (fused.distill, straightforward)
+        jax.jit(jax.grad(loss), static_argnums=1)(inputs["student_head"], function)
+        for function in (distill, straightforward)
     )
     assert_same(got, wanted)
 
@@ -178,7 +194,7 @@ def test_the_head_is_updated_in_blocks_that_do_not_matter():
     wanted = value_and_gradients(straightforward, inputs, config=CONFIG)
     block, fused._block = fused._block, lambda rows: 256
     try:
-        got = value_and_gradients(fused.distill, inputs, config=CONFIG)
+        got = value_and_gradients(distill, inputs, config=CONFIG)
     finally:
         fused._block = block
     assert_same(got, wanted)
@@ -189,10 +205,10 @@ def test_the_gradient_from_above_scales_the_gradients():
 
     def loss(hidden, head, scale):
         others = {k: v for k, v in inputs.items() if not k.startswith("student")}
-        return scale * fused.distill(hidden, head, **others, config=CONFIG)[0] ** 2
+        return scale * distill(hidden, head, **others, config=CONFIG)[0] ** 2
 
-    value = fused.distill(**inputs, config=CONFIG)[0]
-    _, once = value_and_gradients(fused.distill, inputs, config=CONFIG)
+    value = distill(**inputs, config=CONFIG)[0]
+    _, once = value_and_gradients(distill, inputs, config=CONFIG)
     got = jax.grad(loss, argnums=(0, 1))(inputs["student_hidden"], inputs["student_head"], 3.0)
     assert_same(got, jax.tree.map(lambda gradient: 6.0 * value * gradient, once))
 
@@ -202,7 +218,7 @@ def test_only_the_loss_has_a_gradient_and_only_for_the_student():
     floats = {name: value for name, value in inputs.items() if name != "tokens"}
 
     def loss(floats):
-        return fused.distill(**floats, tokens=inputs["tokens"], config=CONFIG)[0]
+        return distill(**floats, tokens=inputs["tokens"], config=CONFIG)[0]
 
     gradients = jax.grad(loss)(floats)
     for name, gradient in gradients.items():
@@ -210,7 +226,7 @@ def test_only_the_loss_has_a_gradient_and_only_for_the_student():
 
     def measured(hidden):
         others = {k: v for k, v in inputs.items() if k != "student_hidden"}
-        terms = fused.distill(hidden, **others, config=CONFIG, estimators=ESTIMATORS)[1]
+        terms = distill(hidden, **others, config=CONFIG, estimators=ESTIMATORS)[1]
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(terms))
 
     np.testing.assert_array_equal(jax.grad(measured)(inputs["student_hidden"]), 0)
@@ -218,7 +234,7 @@ def test_only_the_loss_has_a_gradient_and_only_for_the_student():
 
 def test_the_terms_are_what_their_names_say():
     inputs = make_inputs()
-    (_, terms), _ = value_and_gradients(fused.distill, inputs, config=CONFIG, estimators=ESTIMATORS)
+    (_, terms), _ = value_and_gradients(distill, inputs, config=CONFIG, estimators=ESTIMATORS)
     student = inputs["student_hidden"] @ inputs["student_head"].T
     teacher = inputs["teacher_hidden"] @ inputs["teacher_head"].T
     log_s = distributions.log_probs(student)
@@ -242,7 +258,7 @@ def test_a_token_of_weight_zero_may_hold_anything():
         "student_hidden": broken,
         "weights": inputs["weights"].at[0].set(0.0),
     }
-    (loss, terms), gradients = value_and_gradients(fused.distill, inputs, config=CONFIG)
+    (loss, terms), gradients = value_and_gradients(distill, inputs, config=CONFIG)
     assert jnp.isnan(terms.student_entropy[0])
     assert jnp.isfinite(loss)
     assert jnp.all(gradients[0][0] == 0)
@@ -259,7 +275,7 @@ def test_bfloat16_hidden_states_keep_their_type_and_stay_near_float32(top_k):
     half = rounded | {
         name: rounded[name].astype(jnp.bfloat16) for name in ("student_hidden", "teacher_hidden")
     }
-    (loss, terms), gradients = value_and_gradients(fused.distill, half, config=config)
+    (loss, terms), gradients = value_and_gradients(distill, half, config=config)
     wanted = value_and_gradients(straightforward, rounded, config=config)
     # Products of rounded inputs summed in float32: only the logits' gradients are rounded.
     assert_same((loss, terms), wanted[0], tolerance=1e-5)
@@ -295,14 +311,14 @@ def test_any_mesh_gives_the_numbers_of_one_device(shape, tokens, top_k):
     config = dataclasses.replace(CONFIG, chunk_size=2, top_k=top_k)
     inputs = make_inputs(tokens=tokens)
     options = {"config": config, "vocab_size": 61}
-    got = value_and_gradients(fused.distill, on_mesh(inputs, mesh), mesh=mesh, **options)
+    got = value_and_gradients(distill, on_mesh(inputs, mesh), mesh=mesh, **options)
     assert_same(got, value_and_gradients(straightforward, inputs, **options))
 
 
 def test_a_vocabulary_that_tensor_does_not_divide_stays_whole():
     mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
     inputs = make_inputs(vocab=63, tokens=24)
-    got = value_and_gradients(fused.distill, inputs, config=CONFIG, mesh=mesh)
+    got = value_and_gradients(distill, inputs, config=CONFIG, mesh=mesh)
     assert_same(got, value_and_gradients(straightforward, inputs, config=CONFIG))
 
 
@@ -311,7 +327,7 @@ def compile_pass(config, *, shape=(1, 1, 1), tokens=64, vocab=512, gradient=True
     inputs = on_mesh(make_inputs(vocab=vocab, tokens=tokens), mesh)
 
     def loss(hidden, head, others):
-        return fused.distill(hidden, head, **others, config=config, mesh=mesh)
+        return distill(hidden, head, **others, config=config, mesh=mesh)
 
     function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True) if gradient else loss
     others = dict(inputs)
@@ -364,7 +380,7 @@ def test_one_compilation_serves_every_batch_of_a_shape():
     def step(hidden, weights):
         traces.append(None)
         inputs = make_inputs() | {"student_hidden": hidden, "weights": weights}
-        return fused.distill(**inputs, config=CONFIG)[0]
+        return distill(**inputs, config=CONFIG)[0]
 
     for scale in (1.0, 2.0, 3.0):
         inputs = make_inputs()
@@ -373,8 +389,10 @@ def test_one_compilation_serves_every_batch_of_a_shape():
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", ["student_hidden", "teacher_hidden", "teacher_head"])
+@pytest.mark.parametrize("name", ["student.hidden", "teacher.hidden", "teacher.head"])
 def test_shapes_that_do_not_fit_are_named(name):
     inputs = make_inputs()
+    key = name.replace(".", "_")
+    inputs[key] = inputs[key][:-1]
     with pytest.raises(InputError, match=rf"distill.{name}: got shape"):
-        fused.distill(**inputs | {name: inputs[name][:-1]}, config=CONFIG)
+        distill(**inputs, config=CONFIG)

@@ -3,13 +3,12 @@
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pgpo_jax import config, sharding
-from pgpo_jax.data import Batch
+from pgpo_jax import config, fused, sharding
 from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import learning_rate, make_optimizer
+from pgpo_jax.plan import programs
 from pgpo_jax.state import abstract_train_state, train_state_shardings
 from pgpo_jax.step import make_train_step
 
@@ -68,28 +67,10 @@ def test_its_update_can_be_traced_at_full_size():
     step = make_train_step(
         graphdef,
         optimizer,
-        c.distillation,
+        fused.Options(c.distillation, vocab_size=151_669),
         train_state_shardings(params, optimizer),
-        micro_batches=c.data.micro_batches,
-        vocab_size=151_669,
     )
-    rows = c.data.questions_per_step * c.sampling.num_samples
-
-    def array(width, dtype):
-        return jax.ShapeDtypeStruct((rows, width), dtype)
-
-    prompt, teacher_prompt = c.data.max_prompt_length, c.reprompt.max_length
-    time = c.sampling.max_response_length
-    batch = Batch(
-        prompts=array(prompt, jnp.int32),
-        prompt_mask=array(prompt, bool),
-        teacher_prompts=array(teacher_prompt, jnp.int32),
-        teacher_prompt_mask=array(teacher_prompt, bool),
-        responses=array(time, jnp.int32),
-        response_mask=array(time, bool),
-        has_context=jax.ShapeDtypeStruct((rows,), bool),
-        sampler_log_probs=array(time, jnp.float32),
-    )
+    batch = programs.abstract_batch(programs.make_setup(c, list(mesh.devices.flat)))
     state = abstract_train_state(params, optimizer)
     after, measured = jax.eval_shape(step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(

@@ -7,10 +7,12 @@ import numpy as np
 import optax
 import pytest
 
-from pgpo_jax import information, losses, sharding
-from pgpo_jax.data import Batch, DataConfig, Evidence, packing
+from pgpo_jax import fused, information, losses, methods, sharding
+from pgpo_jax.data import Batch, DataConfig, Examples, pack
+from pgpo_jax.data.batch import to_rows
 from pgpo_jax.losses import DistillationConfig
-from pgpo_jax.methods import ObjectiveConfig, objective
+from pgpo_jax.methods import ObjectiveConfig, group_statistics
+from pgpo_jax.methods import objective as rivals
 from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer
 from pgpo_jax.state import init_train_state, train_state_shardings
@@ -31,7 +33,7 @@ ARCHITECTURE = {
 ROWS, SAMPLES, PROMPT, TEACHER_PROMPT, TIME = 8, 4, 5, 9, 6
 
 
-def make_batch(seed=0, has_context=None) -> Batch:
+def make_examples(seed=0, has_context=None) -> Examples:
     rng = np.random.default_rng(seed)
 
     def left(width):
@@ -39,25 +41,28 @@ def make_batch(seed=0, has_context=None) -> Batch:
         return tokens, np.arange(width)[None, :] >= rng.integers(0, width, (ROWS, 1))
 
     lengths = rng.integers(1, TIME + 1, (ROWS, 1))
-    return Batch(
-        *left(PROMPT),
-        *left(TEACHER_PROMPT),
-        rng.integers(0, 20, (ROWS, TIME), np.int32),
-        np.arange(TIME)[None, :] < lengths,
-        rng.random(ROWS) < 0.6 if has_context is None else np.full(ROWS, has_context),
-        -rng.random((ROWS, TIME), np.float32) * 4,
+    return Examples(
+        prompts={"student": left(PROMPT), "teacher": left(TEACHER_PROMPT)},
+        responses=rng.integers(0, 20, (ROWS, TIME), np.int32),
+        response_mask=np.arange(TIME)[None, :] < lengths,
+        has_context=rng.random(ROWS) < 0.6 if has_context is None else np.full(ROWS, has_context),
+        sampler_log_probs=-rng.random((ROWS, TIME), np.float32) * 4,
     )
+
+
+def place(examples: Examples, mesh, micro_batches=1, packing="never") -> Batch:
+    """The examples laid out on a mesh."""
+    settings = DataConfig(packing=packing, micro_batches=micro_batches)
+    return sharding.to_global(pack(examples, settings, mesh), mesh)
 
 
 def setup(
     mesh=(1, 1, 1),
-    micro_batches=1,
     alpha=1.0,
     learning_rate=1e-2,
     distillation=None,
     objective=None,
     teacher_config=None,
-    per_token=False,
     **options,
 ):
     mesh = sharding.make_mesh(sharding.MeshConfig(*mesh))
@@ -76,27 +81,40 @@ def setup(
     step = make_train_step(
         graphdef,
         optimizer,
-        distillation or DistillationConfig(top_k=None, chunk_size=8),
+        fused.Options(
+            distillation or DistillationConfig(top_k=None, chunk_size=8), ("conditional_kl",), 22
+        ),
         shardings,
-        objective=objective or ObjectiveConfig(),
+        objective=methods.make_objective(objective or ObjectiveConfig()),
         teacher_config=teacher_config or TeacherConfig(),
-        micro_batches=micro_batches,
-        vocab_size=22,
-        estimators=("conditional_kl",),
-        per_token=per_token,
     )
     return graphdef, step, init_train_state(params, optimizer), mesh
 
 
-def run(batches, shapes=1, **options):
+def run(batches, micro_batches=1, packing="never", **options):
     _, step, state, mesh = setup(**options)
-    for batch in batches:
-        state, measured = step(state, sharding.to_global(batch, mesh))
-    assert step._cache_size() <= shapes
-    return jax.device_get(state), {name: float(value) for name, value in measured.items()}
+    placed = [place(batch, mesh, micro_batches, packing) for batch in batches]
+    for batch in placed:
+        state, measured = step(state, batch)
+    shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(batch)) for batch in placed}
+    assert step._cache_size() == len(shapes)
+    return jax.device_get(state), numbers(measured)
 
 
-BATCHES = [make_batch(seed) for seed in range(3)]
+def numbers(measured):
+    """The scalars among the measurements."""
+    return {name: float(value) for name, value in measured.items() if np.ndim(value) == 0}
+
+
+def assert_same(measured, expected):
+    """All numbers but the padding, which is the layout's own."""
+    for name in expected.keys() - {"padding_fraction"}:
+        np.testing.assert_allclose(
+            measured[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name
+        )
+
+
+BATCHES = [make_examples(seed) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +126,7 @@ def single():
 def test_loss_and_information_are_those_of_the_definitions():
     graphdef, step, state, mesh = setup()
     # A first update, so that teacher and student differ.
-    state, _ = step(state, sharding.to_global(BATCHES[0], mesh))
+    state, _ = step(state, place(BATCHES[0], mesh))
     batch = BATCHES[1]
 
     def logits(params, prompts, prompt_mask):
@@ -117,8 +135,8 @@ def test_loss_and_information_are_those_of_the_definitions():
         mask = jnp.concatenate([prompt_mask, batch.response_mask], 1)
         return net(tokens, mask)[:, prompts.shape[1] - 1 : -1, :22]
 
-    student = logits(state.student, batch.prompts, batch.prompt_mask)
-    teacher = logits(state.teacher, batch.teacher_prompts, batch.teacher_prompt_mask)
+    student = logits(state.student, *batch.prompts["student"])
+    teacher = logits(state.teacher, *batch.prompts["teacher"])
     token_log_probs = information.at_tokens(jax.nn.log_softmax(student), batch.responses)
     weight = losses.importance_weight(token_log_probs, batch.sampler_log_probs)
     masks = batch.response_mask, batch.has_context
@@ -130,7 +148,7 @@ def test_loss_and_information_are_those_of_the_definitions():
         ),
     }
     expected["multiplier"] = jnp.clip(jnp.exp(expected["information"]), 0, 2)
-    _, measured = step(state, sharding.to_global(batch, mesh))
+    _, measured = step(state, place(batch, mesh))
     for name, value in expected.items():
         np.testing.assert_allclose(measured[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
     gap = measured["entropy/student"] - measured["entropy/teacher"]
@@ -139,9 +157,7 @@ def test_loss_and_information_are_those_of_the_definitions():
 
 @pytest.mark.parametrize(("mesh", "micro_batches"), [((1, 1, 1), 1), ((2, 2, 1), 2)])
 def test_the_divergence_of_every_token_stands_in_its_row(mesh, micro_batches):
-    options = {"mesh": mesh, "micro_batches": micro_batches}
-    graphdef, plain_step, plain, mesh = setup(**options)
-    _, step, state, _ = setup(per_token=True, **options)
+    graphdef, step, state, mesh = setup(mesh)
     batch = BATCHES[0]
     params = jax.device_get(state.student)
     student, teacher = (
@@ -149,29 +165,21 @@ def test_the_divergence_of_every_token_stands_in_its_row(mesh, micro_batches):
             np.concatenate([prompts, batch.responses], 1),
             np.concatenate([prompt_mask, batch.response_mask], 1),
         )[:, prompts.shape[1] - 1 : -1, :22]
-        for prompts, prompt_mask in (
-            (batch.prompts, batch.prompt_mask),
-            (batch.teacher_prompts, batch.teacher_prompt_mask),
-        )
+        for prompts, prompt_mask in (batch.prompts[view] for view in ("student", "teacher"))
     )
     expected = losses.divergence(student, teacher)
-    state, measured = step(state, sharding.to_global(batch, mesh))
-    rows = sharding.to_host(measured.pop("token_divergence"))
-    np.testing.assert_allclose(
-        rows[batch.response_mask], expected[batch.response_mask], rtol=1e-4, atol=1e-6
-    )
-    # It costs the others nothing: not a bit of them changes.
-    plain, without = plain_step(plain, sharding.to_global(batch, mesh))
-    chex.assert_trees_all_equal(jax.device_get(measured), jax.device_get(without))
-    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(plain))
+    placed = place(batch, mesh, micro_batches)
+    _, measured = step(state, placed)
+    rows = to_rows(placed, sharding.to_host(measured["token_divergence"]))
+    for found, wanted, mask in zip(rows, expected, batch.response_mask, strict=True):
+        np.testing.assert_allclose(found, wanted[mask], rtol=1e-4, atol=1e-6)
 
 
 def test_micro_batches_change_nothing(single):
     whole, expected = single
     state, measured = run(BATCHES, micro_batches=4)
     chex.assert_trees_all_close(state, whole, rtol=1e-4, atol=1e-6)
-    for name, value in expected.items():
-        np.testing.assert_allclose(measured[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert_same(measured, expected)
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
@@ -180,8 +188,7 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(mesh, single):
     state, measured = run(BATCHES, mesh=mesh)
     # Only the order of float32 sums differs.
     chex.assert_trees_all_close(state, one, rtol=1e-4, atol=1e-6)
-    for name, value in expected.items():
-        np.testing.assert_allclose(measured[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert_same(measured, expected)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
@@ -199,7 +206,7 @@ def test_teacher_starts_as_a_copy_and_moves_by_ema_rate_towards_the_student():
     for student, teacher in zip(*map(jax.tree.leaves, (state.student, state.teacher)), strict=True):
         assert student.unsafe_buffer_pointer() != teacher.unsafe_buffer_pointer()
     before = jax.device_get(state.teacher)
-    state, measured = step(state, sharding.to_global(BATCHES[0], mesh))
+    state, measured = step(state, place(BATCHES[0], mesh))
     expected = jax.tree.map(lambda t, s: 0.75 * t + 0.25 * s, before, jax.device_get(state.student))
     chex.assert_trees_all_close(jax.device_get(state.teacher), expected, atol=1e-6)
     assert measured["teacher_student_distance"] > 0
@@ -207,8 +214,8 @@ def test_teacher_starts_as_a_copy_and_moves_by_ema_rate_towards_the_student():
 
 def test_rows_are_aligned_when_the_teachers_prompt_is_padded_to_another_length():
     batch = BATCHES[0]
-    wide = [np.pad(x, ((0, 0), (4, 0))) for x in (batch.prompts, batch.prompt_mask)]
-    same = batch._replace(teacher_prompts=wide[0], teacher_prompt_mask=wide[1])
+    wide = tuple(np.pad(x, ((0, 0), (4, 0))) for x in batch.prompts["student"])
+    same = batch._replace(prompts={**batch.prompts, "teacher": wide})
     _, measured = run([same._replace(has_context=np.full(ROWS, True))])
     assert abs(measured["loss"]) < 1e-6
     assert abs(measured["information"]) < 1e-5
@@ -217,8 +224,10 @@ def test_rows_are_aligned_when_the_teachers_prompt_is_padded_to_another_length()
 def test_padding_tokens_do_not_matter():
     batch = BATCHES[0]
     changed = batch._replace(
-        prompts=np.where(batch.prompt_mask, batch.prompts, 7),
-        teacher_prompts=np.where(batch.teacher_prompt_mask, batch.teacher_prompts, 7),
+        prompts={
+            view: (np.where(mask, tokens, 7), mask)
+            for view, (tokens, mask) in batch.prompts.items()
+        },
         responses=np.where(batch.response_mask, batch.responses, 7),
         sampler_log_probs=np.where(batch.response_mask, batch.sampler_log_probs, np.nan),
     )
@@ -228,17 +237,17 @@ def test_padding_tokens_do_not_matter():
     assert all(np.isfinite(value) for value in measured.values())
 
 
-def with_rewards(batch: Batch, seed=0) -> Batch:
+def with_rewards(batch: Examples, seed=0) -> Examples:
     rng = np.random.default_rng(seed)
 
     def left(width):
         tokens = rng.integers(0, 20, (ROWS, width), np.int32)
         return tokens, np.arange(width)[None, :] >= rng.integers(0, width, (ROWS, 1))
 
-    has_wrong = np.repeat([True, False], SAMPLES)
     return batch._replace(
-        judged=objective.judge([[1, 0, 0, 1], [0, 1, 0, 0]]),
-        evidence=Evidence(*left(PROMPT + 1), *left(PROMPT + 2), has_wrong),
+        prompts={**batch.prompts, "right": left(PROMPT + 1), "wrong": left(PROMPT + 2)},
+        group=group_statistics([[1, 0, 0, 1], [0, 1, 0, 0]]),
+        has_wrong=np.repeat([True, False], SAMPLES),
     )
 
 
@@ -250,7 +259,7 @@ EVERYTHING = {
         distillation_end=0.0,
         policy=0.5,
         advantage="contrast",
-        question_weight="spread",
+        question_weight="reward_std",
         token_weight="information",
         rehearsal=0.5,
     ),
@@ -267,82 +276,107 @@ def test_a_rival_objective_does_not_depend_on_devices_or_micro_batches(everythin
     expected, measured = everything
     state, on_mesh = run(REWARDED, mesh=(2, 2, 2), micro_batches=2, **EVERYTHING)
     chex.assert_trees_all_close(state, expected, rtol=1e-4, atol=1e-6)
-    for name, value in measured.items():
-        np.testing.assert_allclose(on_mesh[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert_same(on_mesh, measured)
 
 
 def test_a_rival_objective_does_not_depend_on_packing(everything):
     expected, measured = everything
-    config, mesh = DataConfig(packing="always"), sharding.make_mesh(sharding.MeshConfig(1, 1, 1))
-    packed = [packing.pack(b, config, mesh) for b in REWARDED]
-    assert all(isinstance(batch, packing.Packed) for batch in packed)
-    state, in_rows = run(packed, shapes=len(REWARDED), **EVERYTHING)
+    state, in_rows = run(REWARDED, packing="always", **EVERYTHING)
     chex.assert_trees_all_close(state, expected, rtol=1e-4, atol=1e-6)
-    for name in measured.keys() - {"padding_fraction"}:
-        np.testing.assert_allclose(
-            in_rows[name], measured[name], rtol=1e-4, atol=1e-6, err_msg=name
-        )
+    assert_same(in_rows, measured)
 
 
 def test_rehearsal_is_a_cross_entropy_on_successes_after_the_teachers_prompt():
     graphdef, step, state, mesh = setup(objective=ObjectiveConfig(rehearsal=0.5))
     # Where both read one prompt they agree at first: all the gradient is the rehearsal's.
+    prompts, prompt_mask = REWARDED[0].prompts["student"]
     batch = REWARDED[0]._replace(
-        teacher_prompts=REWARDED[0].prompts, teacher_prompt_mask=REWARDED[0].prompt_mask
+        prompts=dict.fromkeys(("student", "teacher"), (prompts, prompt_mask))
     )
 
     def loss(student):
         net = decoder.nnx.merge(graphdef, student)
-        tokens = jnp.concatenate([batch.teacher_prompts, batch.responses], 1)
-        mask = jnp.concatenate([batch.teacher_prompt_mask, batch.response_mask], 1)
+        tokens = jnp.concatenate([prompts, batch.responses], 1)
+        mask = jnp.concatenate([prompt_mask, batch.response_mask], 1)
         log_p = jax.nn.log_softmax(net(tokens, mask)[:, PROMPT - 1 : -1, :22])
         terms = -information.at_tokens(log_p, batch.responses)
-        successes = batch.has_context & batch.judged.success
-        return 0.5 * information.reduce(terms, batch.response_mask, successes)
+        successes = batch.has_context & batch.group.success
+        return information.reduce(terms, batch.response_mask, successes)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(state.student)
-    norm = optax.tree.norm(gradient)
-    _, measured = step(state, sharding.to_global(batch, mesh))
+    norm = 0.5 * optax.tree.norm(gradient)
+    _, measured = step(state, place(batch, mesh))
     np.testing.assert_allclose(measured["loss/rehearsal"], value, rtol=1e-5)
     np.testing.assert_allclose(measured["grad_norm"], norm, rtol=1e-4)
-    assert abs(measured["loss"]) < 1e-6
+    np.testing.assert_allclose(measured["loss"], 0.5 * value, rtol=1e-4)
 
 
 def test_grpo_is_the_policy_gradient_of_its_definition():
     objective = ObjectiveConfig(distillation=0.0, policy=1.0)
     graphdef, step, state, mesh = setup(objective=objective)
     batch = REWARDED[0]
-    advantages = batch.judged.advantages
+    advantages = batch.group.advantages
+    prompts, prompt_mask = batch.prompts["student"]
 
     def loss(student):
         net = decoder.nnx.merge(graphdef, student)
-        tokens = jnp.concatenate([batch.prompts, batch.responses], 1)
-        mask = jnp.concatenate([batch.prompt_mask, batch.response_mask], 1)
+        tokens = jnp.concatenate([prompts, batch.responses], 1)
+        mask = jnp.concatenate([prompt_mask, batch.response_mask], 1)
         log_p = jax.nn.log_softmax(net(tokens, mask)[:, PROMPT - 1 : -1, :22])
         log_p = information.at_tokens(log_p, batch.responses)
-        terms = objective.surrogate(log_p, batch.sampler_log_probs, advantages[:, None])
+        terms = rivals.surrogate(log_p, batch.sampler_log_probs, advantages[:, None])
         return losses.aggregate(terms, batch.response_mask, jnp.ones(ROWS, bool))
 
     value, gradient = jax.value_and_grad(loss)(state.student)
     norm = optax.tree.norm(gradient)
-    _, measured = step(state, sharding.to_global(batch, mesh))
+    _, measured = step(state, place(batch, mesh))
     np.testing.assert_allclose(measured["loss"], value, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(measured["grad_norm"], norm, rtol=1e-4)
 
 
 def test_grpo_skips_a_batch_in_which_every_group_has_one_reward():
     _, step, state, mesh = setup(objective=ObjectiveConfig(distillation=0.0, policy=1.0))
-    same = REWARDED[0]._replace(judged=objective.judge([[0.0] * SAMPLES, [1.0] * SAMPLES]))
-    _, measured = step(state, sharding.to_global(same, mesh))
+    same = REWARDED[0]._replace(group=group_statistics([[0.0] * SAMPLES, [1.0] * SAMPLES]))
+    _, measured = step(state, place(same, mesh))
     assert measured["skipped"] == 1
     assert measured["loss"] == 0
 
 
+@pytest.mark.parametrize("samples", [2, 4])
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 0.7])
+def test_equal_fractional_rewards_are_exactly_nothing_to_learn(samples, reward):
+    statistics = group_statistics([[reward] * samples] * (ROWS // samples))
+    assert not statistics.advantages.any()
+    _, step, state, mesh = setup(objective=ObjectiveConfig(distillation=0.0, policy=1.0))
+    _, measured = step(state, place(REWARDED[0]._replace(group=statistics), mesh))
+    assert (measured["skipped"], measured["update_norm"]) == (1, 0)
+
+
+def test_a_coefficient_that_faded_to_0_leaves_nothing_to_learn():
+    """Computed on the way down, its end would be a float near 0 and no batch be skipped."""
+    faded = ObjectiveConfig(distillation=0.3, distillation_end=0.0, distillation_steps=2)
+    _, step, state, mesh = setup(objective=faded)
+    for done in range(4):
+        state, measured = step(state, place(BATCHES[0], mesh))
+        assert measured["skipped"] == (done >= 2)
+
+
+def test_rehearsal_is_something_to_learn_where_nothing_else_is():
+    alone = ObjectiveConfig(
+        distillation=1.0, distillation_end=0.0, distillation_steps=1, rehearsal=1.0
+    )
+    _, step, state, mesh = setup(objective=alone)
+    for _ in range(2):
+        state, measured = step(state, place(REWARDED[0], mesh))
+    assert measured["skipped"] == 0
+    assert measured["update_norm"] > 0
+
+
 def test_a_batch_without_any_context_leaves_everything_as_it_was():
     _, step, state, mesh = setup()
-    state, _ = step(state, sharding.to_global(BATCHES[0], mesh))  # Adam has momentum now
+    state, _ = step(state, place(BATCHES[0], mesh))  # Adam has momentum now
     before = jax.device_get(state)
-    state, measured = step(state, sharding.to_global(make_batch(has_context=False), mesh))
+    state, measured = step(state, place(make_examples(has_context=False), mesh))
     after = jax.device_get(state)
     assert measured["skipped"] == 1
     assert measured["finite"] == 1
@@ -356,7 +390,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update():
     broken = dict(before.teacher, norm=np.full_like(before.teacher["norm"], np.nan))
     where = jax.tree.map(lambda leaf: leaf.sharding, state.teacher)
     state = state._replace(teacher=jax.device_put(broken, where))
-    state, measured = step(state, sharding.to_global(BATCHES[0], mesh))
+    state, measured = step(state, place(BATCHES[0], mesh))
     assert measured["skipped"] == 1
     assert measured["finite"] == 0
     chex.assert_trees_all_equal(jax.device_get(state.student), before.student)
@@ -367,7 +401,7 @@ def test_a_sampler_that_gave_no_number_skips_the_update():
     before = jax.device_get(state)
     batch = BATCHES[0]
     broken = batch._replace(sampler_log_probs=np.full((ROWS, TIME), np.nan, np.float32))
-    state, measured = step(state, sharding.to_global(broken, mesh))
+    state, measured = step(state, place(broken, mesh))
     after = jax.device_get(state)
     assert (measured["finite"], measured["skipped"]) == (0, 1)
     chex.assert_trees_all_equal(after._replace(step=0), before._replace(step=0))
@@ -395,12 +429,13 @@ ROW = np.arange(ROWS)[:, None]
 )
 def test_odd_batches_give_finite_numbers(change, skipped):
     _, step, state, mesh = setup()
-    state, _ = step(state, sharding.to_global(BATCHES[0], mesh))  # Adam has momentum now
+    state, _ = step(state, place(BATCHES[0], mesh))  # Adam has momentum now
     before = jax.device_get(state)
     batch = BATCHES[1]._replace(has_context=ROW[:, 0] < 6)._replace(**change)
-    state, measured = step(state, sharding.to_global(batch, mesh))
+    state, measured = step(state, place(batch, mesh))
     after = jax.device_get(state)
     unknown = {"sampler_mismatch"} if "sampler_log_probs" in change else set()
+    measured = numbers(measured)
     finite = {name: np.isfinite(value) for name, value in measured.items() if name not in unknown}
     assert all(finite.values()), finite
     assert (measured["finite"], measured["skipped"]) == (1, skipped)

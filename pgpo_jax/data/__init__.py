@@ -1,8 +1,17 @@
-"""From text to one batch: tokens, lengths, a replayable order, and rows that sequences share."""
+"""From text to one batch: tokens, lengths, a replayable order, and the layout of rows."""
 
+from pgpo_jax.data import batch, packing
+from pgpo_jax.data.batch import Batch, View
 from pgpo_jax.data.order import batch_indices
-from pgpo_jax.data.packing import Packed
-from pgpo_jax.data.records import Batch, Contexts, DataConfig, Evidence, Rollouts, make_batch
+from pgpo_jax.data.packing import pack
+from pgpo_jax.data.records import (
+    AnswerPrompts,
+    DataConfig,
+    Examples,
+    Rollouts,
+    TeacherPrompts,
+    make_examples,
+)
 from pgpo_jax.data.tokens import (
     CLOCK,
     bucket,
@@ -11,24 +20,26 @@ from pgpo_jax.data.tokens import (
     render,
     right_pad,
     tokenize,
-    widen_left,
 )
 
 __all__ = [
     "CLOCK",
+    "AnswerPrompts",
     "Batch",
-    "Contexts",
     "DataConfig",
-    "Evidence",
-    "Packed",
+    "Examples",
     "Rollouts",
+    "TeacherPrompts",
+    "View",
+    "batch",
     "batch_indices",
     "bucket",
     "encode",
     "left_pad",
-    "make_batch",
+    "make_examples",
+    "pack",
+    "packing",
     "render",
     "right_pad",
     "tokenize",
-    "widen_left",
 ]

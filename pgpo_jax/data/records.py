@@ -1,4 +1,4 @@
-"""The records that cross stages; numpy on the host, only `Batch` enters `jit`."""
+"""The records that cross stages, numpy on the host, and the section `data`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pgpo_jax.errors import require
-from pgpo_jax.methods import Judged
+from pgpo_jax.objective import GroupStatistics
 
 Host = np.ndarray
-Either = Array | np.ndarray
 
 
 class Rollouts(NamedTuple):
@@ -33,7 +32,7 @@ class Rollouts(NamedTuple):
     """The decoded responses, without special tokens."""
 
 
-class Contexts(NamedTuple):
+class TeacherPrompts(NamedTuple):
     """What the teacher sees before each response; rows are question-major, ``Q * G`` of them."""
 
     prompts: Int[Host, "row teacher_time"]
@@ -48,44 +47,39 @@ class Contexts(NamedTuple):
     """How many teacher prompts needed a shorter demonstration (or feedback) to fit."""
 
 
-class Evidence(NamedTuple):
+class AnswerPrompts(NamedTuple):
     """Prompts that show a final answer, for methods that weigh tokens by it; one row a response."""
 
-    prompts: Int[Either, "row right_time"]
+    right: Int[Host, "row right_time"]
     """The prompt with the right final answer, left-padded."""
-    prompt_mask: Bool[Either, "row right_time"]
+    right_mask: Bool[Host, "row right_time"]
     """True at its real tokens."""
-    wrong_prompts: Int[Either, "row wrong_time"]
+    wrong: Int[Host, "row wrong_time"]
     """The prompt with a wrong response's final answer; the plain prompt where there is none."""
-    wrong_prompt_mask: Bool[Either, "row wrong_time"]
+    wrong_mask: Bool[Host, "row wrong_time"]
     """True at its real tokens."""
-    has_wrong: Bool[Either, " row"]
+    has_wrong: Bool[Host, " row"]
     """Whether the group has a wrong response to show."""
 
 
-class Batch(NamedTuple):
-    """One batch for the training step: ``N = Q * G`` rows, question-major."""
+class Examples(NamedTuple):
+    """A host's responses and what is read before them: ``N = Q * G`` rows, question-major."""
 
-    prompts: Int[Either, "row prompt_time"]
-    """The student's prompt tokens, left-padded."""
-    prompt_mask: Bool[Either, "row prompt_time"]
-    """True at real prompt tokens."""
-    teacher_prompts: Int[Either, "row teacher_time"]
-    """The teacher's prompt tokens, left-padded; of another length than the student's."""
-    teacher_prompt_mask: Bool[Either, "row teacher_time"]
-    """True at real teacher prompt tokens."""
-    responses: Int[Either, "row time"]
+    prompts: dict[str, tuple[np.ndarray, np.ndarray]]
+    """Tokens `[row, prompt_time]`, left-padded, and their mask, by view: what the `student` reads,
+    what the `teacher` reads, and whatever else comes before the same responses."""
+    responses: Int[Host, "row time"]
     """Sampled tokens, right-padded."""
-    response_mask: Bool[Either, "row time"]
+    response_mask: Bool[Host, "row time"]
     """True at sampled tokens, the end token included."""
-    has_context: Bool[Either, " row"]
-    """True where the teacher got a demonstration or feedback."""
-    sampler_log_probs: Float[Either, "row time"]
+    sampler_log_probs: Float[Host, "row time"]
     """Log-probabilities of the sampled tokens as the sampler saw them, nats."""
-    judged: Judged | None = None
+    has_context: Bool[Host, " row"]
+    """True where the teacher got a demonstration or feedback."""
+    group: GroupStatistics | None = None
     """What the rewards say, for objectives that read it."""
-    evidence: Evidence | None = None
-    """Prompts with final answers in them, for objectives that need them."""
+    has_wrong: Bool[Host, " row"] | None = None
+    """As in `AnswerPrompts`."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +95,11 @@ class DataConfig:
     packing: Literal["auto", "always", "never"] = "auto"
     """Whether several prompts with their responses share a row of the update (`packing.py`).
 
-    Padded, every row is as wide as the batch's longest prompt and longest response. `auto` packs a
-    batch where that saves a fifth of the columns: less is not worth the further shapes, each of
-    which is a compilation. It goes by the batch alone, so a resumed run decides alike. On a GPU
-    `auto` does not pack, for cudnn's attention cannot keep the sequences of a row apart; `always`
-    takes XLA's there. Only the order of sums differs; micro-batches may become fewer.
+    With one sequence a row, every row is as wide as the batch's longest. `auto` packs a batch where
+    that saves a fifth of the columns: less is not worth the further shapes, each of which is a
+    compilation. It goes by the batch alone, so a resumed run decides alike. On a GPU `auto` does
+    not pack, for cudnn's attention cannot keep the sequences of a row apart; `always` takes XLA's
+    there. Only the order of sums differs; micro-batches may become fewer.
     """
 
     max_prompt_length: int = 2048
@@ -124,39 +118,46 @@ class DataConfig:
         )
 
 
-def make_batch(
+def make_examples(
     rollouts: Rollouts,
-    contexts: Contexts,
-    judged: Judged | None = None,
-    evidence: Evidence | None = None,
-) -> Batch:
-    """Joins rollouts and teacher contexts into rows; a prompt is repeated for its group.
+    teacher_prompts: TeacherPrompts,
+    group: GroupStatistics | None = None,
+    answer_prompts: AnswerPrompts | None = None,
+) -> Examples:
+    """Joins rollouts and teacher prompts into rows; a prompt is repeated for its group.
 
     Args:
         rollouts: the responses.
-        contexts: what the teacher sees before each.
-        judged: what the rewards say (`objectives.judge`).
-        evidence: for objectives that need it.
+        teacher_prompts: what the teacher sees before each.
+        group: what the rewards say (`methods.group_statistics`).
+        answer_prompts: for objectives that need them.
 
     Raises:
-        ValueError: if the contexts are not one row per response.
+        ValueError: if the teacher prompts are not one row per response.
     """
     questions, samples, time = rollouts.responses.shape
     rows = questions * samples
-    if len(contexts.has_context) != rows:
+    if len(teacher_prompts.has_context) != rows:
         raise ValueError(
-            f"contexts: got {len(contexts.has_context)} rows, must be {questions} questions x "
-            f"{samples} samples = {rows}"
+            f"teacher_prompts: got {len(teacher_prompts.has_context)} rows, must be {questions} "
+            f"questions x {samples} samples = {rows}"
         )
-    return Batch(
-        prompts=np.repeat(rollouts.prompts, samples, axis=0),
-        prompt_mask=np.repeat(rollouts.prompt_mask, samples, axis=0),
-        teacher_prompts=contexts.prompts,
-        teacher_prompt_mask=contexts.prompt_mask,
+    prompts = {
+        "student": (
+            np.repeat(rollouts.prompts, samples, axis=0),
+            np.repeat(rollouts.prompt_mask, samples, axis=0),
+        ),
+        "teacher": (teacher_prompts.prompts, teacher_prompts.prompt_mask),
+    }
+    if answer_prompts is not None:
+        prompts["right"] = answer_prompts.right, answer_prompts.right_mask
+        prompts["wrong"] = answer_prompts.wrong, answer_prompts.wrong_mask
+    return Examples(
+        prompts=prompts,
         responses=np.asarray(rollouts.responses).reshape(rows, time),
         response_mask=np.asarray(rollouts.response_mask).reshape(rows, time),
-        has_context=contexts.has_context,
         sampler_log_probs=np.asarray(rollouts.log_probs).reshape(rows, time),
-        judged=judged,
-        evidence=evidence,
+        has_context=teacher_prompts.has_context,
+        group=group,
+        has_wrong=None if answer_prompts is None else answer_prompts.has_wrong,
     )

@@ -194,11 +194,3 @@ def right_pad(
     """Left-aligns token rows in `width` columns; returns int32 tokens and their mask."""
     tokens, mask = left_pad([row[::-1] for row in rows], width, pad)
     return np.ascontiguousarray(tokens[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
-
-
-def widen_left(
-    tokens: Int[Host, "row time"], mask: Bool[Host, "row time"], width: int
-) -> tuple[Int[Host, "row wide"], Bool[Host, "row wide"]]:
-    """Adds left padding up to `width` columns (hosts must agree on one width)."""
-    extra = ((0, 0), (width - tokens.shape[1], 0))
-    return np.pad(tokens, extra), np.pad(mask, extra)

@@ -1,32 +1,12 @@
 """Rivals and controls: objectives, advantages and multipliers beside the paper's."""
 
 from pgpo_jax.methods.multipliers import scale_by_relative_information, scale_by_sequence
-from pgpo_jax.methods.objective import (
-    SDPO,
-    Judged,
-    ObjectiveConfig,
-    Policy,
-    advantage_weight,
-    distillation_coefficient,
-    judge,
-    policy_terms,
-    question_weights,
-    route,
-    token_weights,
-)
+from pgpo_jax.methods.objective import ObjectiveConfig, group_statistics, make_objective
 
 __all__ = [
-    "SDPO",
-    "Judged",
     "ObjectiveConfig",
-    "Policy",
-    "advantage_weight",
-    "distillation_coefficient",
-    "judge",
-    "policy_terms",
-    "question_weights",
-    "route",
+    "group_statistics",
+    "make_objective",
     "scale_by_relative_information",
     "scale_by_sequence",
-    "token_weights",
 ]

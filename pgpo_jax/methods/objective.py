@@ -1,16 +1,17 @@
-"""What a response adds to the loss: rival methods as independent choices of one objective.
+"""Rival objectives: GRPO, CEPO, RLSD, TGPO, SRPO, SC-SDPO, as independent choices of one config.
 
 The loss of a token is `distillation * divergence from the teacher + policy * clipped surrogate`.
-Which rows get which term (`ROUTES`), what a token's advantage is (`ADVANTAGES`), and how questions
-and tokens are weighted (`QUESTION_WEIGHTS`, `TOKEN_WEIGHTS`) are dicts of small pure functions.
-Methods are files in `configs/rivals/`; SDPO is the default. The teacher's refresh rule
-(`teacher.py`) and the multiplier (`optimizer.py`) are the other two choices.
+Which responses get which term (`ROUTES`), what a token's advantage is (`ADVANTAGES`), and how
+questions and tokens are weighted (`QUESTION_WEIGHTS`, `TOKEN_WEIGHTS`) are dicts of small pure
+functions; `make_objective` puts them together. Methods are files in `configs/rivals/`. The
+teacher's refresh rule (`teacher.py`) and the multiplier (`optimizer.py`) are the other two choices.
 
 Sources: GRPO (Shao et al., arXiv 2402.03300), CEPO (2605.19436), RLSD (2604.03128), TGPO
 (2605.13230), SRPO (2604.02288), SC-SDPO (2605.27765).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -20,9 +21,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
+from pgpo_jax import objective
 from pgpo_jax.errors import require
-
-Either = Array | np.ndarray
+from pgpo_jax.fused import Terms
+from pgpo_jax.information import response_weights
+from pgpo_jax.losses import Aggregation
+from pgpo_jax.losses import response_weights as loss_weights
+from pgpo_jax.objective import Forward, GroupStatistics, Objective, Responses, Weights, weighted_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +49,13 @@ class ObjectiveConfig:
     """The ratio to the sampler's probability is clipped below at 1 - clip_low."""
     clip_high: float = 0.28
     """The ratio is clipped above at 1 + clip_high."""
-    advantage: Literal["group", "contrast", "evidence", "choice"] = "group"
+    advantage: Literal["group", "contrast", "evidence", "teacher_argmax"] = "group"
     """A token's advantage: `group` is the response's own (GRPO); `contrast` weighs it by what the
     right answer in the prompt makes likelier than a wrong one does (CEPO), `evidence` by what it
-    makes likelier than the student has it (RLSD); `choice` adds the student's probability of the
-    teacher's first choice (TGPO, adv)."""
+    makes likelier than the student has it (RLSD); `teacher_argmax` adds the student's
+    probability of the teacher's likeliest token (TGPO, adv)."""
     advantage_weight: float = 0.5
-    """How much of `contrast`, `evidence` or `choice` there is at the first step."""
+    """How much of `contrast`, `evidence` or `teacher_argmax` there is at the first step."""
     advantage_weight_end: float = 0.0
     """How much after `advantage_steps`, reached linearly."""
     advantage_steps: int = 25
@@ -63,10 +68,10 @@ class ObjectiveConfig:
     route: Literal["all", "by_outcome"] = "all"
     """Which rows get which term: `all` rows both (distillation where there is a context), or
     successes the policy gradient and failures with a context distillation (SRPO)."""
-    question_weight: Literal["uniform", "spread"] = "uniform"
+    question_weight: Literal["uniform", "reward_std"] = "uniform"
     """Weight of a question's distillation: equal, or sqrt(p (1 - p)) with p its share of
-    successes (SC-SDPO); mean 1 over the questions."""
-    token_weight: Literal["uniform", "certainty", "information"] = "uniform"
+    successes, the standard deviation of a 0/1 reward (SC-SDPO); mean 1 over the questions."""
+    token_weight: Literal["uniform", "teacher_entropy", "information"] = "uniform"
     """Weight of a token's distillation, mean 1 over its response: equal, exp(-H(teacher)) (SRPO),
     or exp(token_alpha * i_t), the multiplier token by token."""
     token_alpha: float = 1.0
@@ -103,13 +108,11 @@ class ObjectiveConfig:
         )
 
     @property
-    def needs_evidence(self) -> bool:
-        """Whether prompts with final answers in them must be scored."""
-        return self.policy > 0 and self.advantage in ("contrast", "evidence")
+    def views(self) -> tuple[str, ...]:
+        """What else must come before the responses, beside what student and teacher read."""
+        shown = self.policy > 0 and self.advantage in ("contrast", "evidence")
+        return ("right", "wrong") if shown else ()
 
-
-SDPO = ObjectiveConfig()
-"""The default: distillation alone."""
 
 # ---- coefficients --------------------------------------------------------------------------------
 
@@ -117,72 +120,68 @@ SDPO = ObjectiveConfig()
 def distillation_coefficient(config: ObjectiveConfig, step: Array) -> Array:
     """The divergence's coefficient at a step (from 0)."""
     end = config.distillation if config.distillation_end is None else config.distillation_end
-    schedule = optax.linear_schedule(config.distillation, end, config.distillation_steps)
-    return jnp.asarray(schedule(step), jnp.float32)
+    return _linear(config.distillation, end, config.distillation_steps, step)
 
 
 def advantage_weight(config: ObjectiveConfig, step: Array) -> Array:
     """How much of the evidence there is at a step (from 0)."""
     first, end = config.advantage_weight, config.advantage_weight_end
-    schedule = (
-        optax.linear_schedule(first, end, config.advantage_steps)
-        if config.advantage_steps
-        else optax.constant_schedule(first)
-    )
-    return jnp.asarray(schedule(step), jnp.float32)
+    if config.advantage_steps == 0:
+        return jnp.float32(first)
+    return _linear(first, end, config.advantage_steps, step)
 
 
-# ---- rows ----------------------------------------------------------------------------------------
+def _linear(first: float, end: float, steps: int, step: Array) -> Array:
+    """From first to end over so many steps; then exactly the end: 0 turns a term off."""
+    schedule = optax.linear_schedule(first, end, steps)
+    return jnp.where(step >= steps, jnp.float32(end), jnp.asarray(schedule(step), jnp.float32))
 
 
-class Judged(NamedTuple):
-    """What the rewards of a group say of each of its responses; made on the host."""
-
-    success: Bool[Either, " row"]
-    """Whether the reward reaches the threshold."""
-    share: Float[Either, " row"]
-    """The share of successes in the response's group."""
-    advantages: Float[Either, " row"]
-    """The reward relative to the group's."""
+# ---- responses -----------------------------------------------------------------------------------
 
 
-def judge(rewards: Any, threshold: float = 0.5, scale_advantage: bool = True) -> Judged:
-    """Successes and advantages of `[question, sample]` rewards, in rows.
+def group_statistics(
+    rewards: Any, threshold: float = 0.5, scale_advantage: bool = True
+) -> GroupStatistics:
+    """Successes and advantages of `[question, sample]` rewards, one after the other.
 
     An advantage is the reward minus its group's mean, over the group's standard deviation if
-    `scale_advantage`: that of a sample (n - 1), plus 1e-4 as in GRPO's usual code, so that equal
-    rewards give 0.
+    `scale_advantage`: that of a sample (n - 1), plus 1e-4 as in GRPO's usual code. Equal rewards
+    give exactly 0, which the difference from a rounded mean would not.
     """
     rewards = np.asarray(rewards, np.float32)
     success = rewards >= threshold
-    share = np.broadcast_to(success.mean(axis=1, keepdims=True), rewards.shape)
-    advantages = rewards - rewards.mean(axis=1, keepdims=True)
+    rate = np.broadcast_to(success.mean(axis=1, keepdims=True), rewards.shape)
+    equal = rewards.max(axis=1, keepdims=True) == rewards.min(axis=1, keepdims=True)
+    advantages = np.where(equal, 0, rewards - rewards.mean(axis=1, keepdims=True))
     if scale_advantage:
         degrees = max(rewards.shape[1] - 1, 1)
         variance = np.square(advantages).sum(axis=1, keepdims=True) / degrees
         advantages = advantages / (np.sqrt(variance) + 1e-4)
-    rows = (success, share.astype(np.float32), advantages.astype(np.float32))
-    return Judged(*(array.reshape(-1) for array in rows))
+    flat = (success, rate.astype(np.float32), advantages.astype(np.float32))
+    return GroupStatistics(*(array.reshape(-1) for array in flat))
 
 
 class Routes(NamedTuple):
-    """Which rows get which term of the loss."""
+    """Which responses get which term of the loss."""
 
-    policy: Bool[Array, " row"]
-    distillation: Bool[Array, " row"]
+    policy: Bool[Array, " response"]
+    distillation: Bool[Array, " response"]
 
 
 ROUTES: dict[str, Callable[[Array, Array], Routes]] = {
     "all": lambda success, context: Routes(jnp.ones_like(success), context),
     "by_outcome": lambda success, context: Routes(success, context & ~success),
 }
-"""(success, has_context) of every row -> its terms."""
+"""(success, has_context) of every response -> its terms."""
 
 
 def route(
-    config: ObjectiveConfig, success: Bool[Array, " row"], has_context: Bool[Array, " row"]
+    config: ObjectiveConfig,
+    success: Bool[Array, " response"],
+    has_context: Bool[Array, " response"],
 ) -> Routes:
-    """The rows of both terms; a term that is off has none."""
+    """The responses of both terms; a term that is off has none."""
     routes = ROUTES[config.route](success, has_context)
     end = config.distillation if config.distillation_end is None else config.distillation_end
     return Routes(
@@ -192,21 +191,23 @@ def route(
 
 QUESTION_WEIGHTS: dict[str, Callable[[Array], Array]] = {
     "uniform": jnp.ones_like,
-    "spread": lambda share: jnp.sqrt(share * (1 - share)),
+    "reward_std": lambda rate: jnp.sqrt(rate * (1 - rate)),
 }
 """A group's share of successes -> the weight of its question, before they get mean 1."""
 
 
-def question_weights(config: ObjectiveConfig, share: Float[Array, " row"]) -> Float[Array, " row"]:
-    """The weight of every row's question: mean 1 over the batch, or all 0."""
-    weights = QUESTION_WEIGHTS[config.question_weight](share)
+def question_weights(
+    config: ObjectiveConfig, success_rate: Float[Array, " response"]
+) -> Float[Array, " response"]:
+    """The weight of every response's question: mean 1 over the batch, or all 0."""
+    weights = QUESTION_WEIGHTS[config.question_weight](success_rate)
     return weights / jnp.maximum(jnp.mean(weights), 1e-12)
 
 
 # ---- tokens --------------------------------------------------------------------------------------
 
 TOKEN_WEIGHTS: dict[str, Callable[[Array, Array, float], Array]] = {
-    "certainty": lambda teacher_entropy, terms, alpha: -teacher_entropy,
+    "teacher_entropy": lambda teacher_entropy, terms, alpha: -teacher_entropy,
     "information": lambda teacher_entropy, terms, alpha: alpha * terms,
 }
 """(teacher's entropy, information terms, token_alpha) -> logarithm of a token's weight."""
@@ -229,20 +230,20 @@ def token_weights(
 
 
 class Policy(NamedTuple):
-    """What the policy gradient needs at every token, `[tokens]` each."""
+    """What the policy gradient needs, of every response and then of each of its tokens."""
 
-    weights: Float[Array, " tokens"]
-    """Weight in the loss; 0 where the token gets no policy gradient."""
-    advantages: Float[Array, " tokens"]
+    weights: Float[Array, "*token"]
+    """Weight in the loss; 0 where there is no policy gradient."""
+    advantages: Float[Array, "*token"]
     """The response's advantage."""
-    advantage_weight: Float[Array, " tokens"]
-    """How much of the evidence there is; the same at every token."""
-    with_right: Float[Array, " tokens"] | None = None
+    advantage_weight: Float[Array, "*token"]
+    """How much of the evidence there is."""
+    has_wrong: Bool[Array, "*token"] | None = None
+    """Whether the group has a wrong response."""
+    with_right: Float[Array, "*token"] | None = None
     """Log-prob of the token where the prompt shows the right final answer, nats."""
-    with_wrong: Float[Array, " tokens"] | None = None
+    with_wrong: Float[Array, "*token"] | None = None
     """Log-prob where the prompt shows a wrong response's final answer."""
-    has_wrong: Bool[Array, " tokens"] | None = None
-    """Whether the token's group has a wrong response."""
 
 
 def weigh_by_evidence(
@@ -263,7 +264,7 @@ def weigh_by_evidence(
     return advantages * ((1 - weight) + weight * factor)
 
 
-def _evidence(policy: Policy, token_log_probs, chosen, config: ObjectiveConfig):
+def _evidence(policy: Policy, token_log_probs, at_argmax, config: ObjectiveConfig):
     assert policy.with_right is not None
     delta = policy.with_right - token_log_probs
     return weigh_by_evidence(
@@ -271,7 +272,7 @@ def _evidence(policy: Policy, token_log_probs, chosen, config: ObjectiveConfig):
     )
 
 
-def _contrast(policy: Policy, token_log_probs, chosen, config: ObjectiveConfig):
+def _contrast(policy: Policy, token_log_probs, at_argmax, config: ObjectiveConfig):
     assert policy.with_right is not None and policy.with_wrong is not None
     assert policy.has_wrong is not None
     fallback = token_log_probs if config.without_wrong == "student" else policy.with_right
@@ -283,15 +284,15 @@ def _contrast(policy: Policy, token_log_probs, chosen, config: ObjectiveConfig):
 
 
 ADVANTAGES: dict[str, Callable[[Policy, Array, Array, ObjectiveConfig], Array]] = {
-    "group": lambda policy, token_log_probs, chosen, config: policy.advantages,
+    "group": lambda policy, token_log_probs, at_argmax, config: policy.advantages,
     "evidence": _evidence,
     "contrast": _contrast,
-    "choice": lambda policy, token_log_probs, chosen, config: (
-        policy.advantages + policy.advantage_weight * jnp.exp(chosen)
+    "teacher_argmax": lambda policy, token_log_probs, at_argmax, config: (
+        policy.advantages + policy.advantage_weight * jnp.exp(at_argmax)
     ),
 }
-"""(policy, student's log-prob of the token, its log-prob of the teacher's first choice, config) ->
-the token's advantage."""
+"""(policy, student's log-prob of the token, that of the teacher's likeliest token, config) -> the
+token's advantage."""
 
 
 def surrogate(
@@ -319,7 +320,7 @@ def surrogate(
 def policy_terms(
     token_log_probs: Float[Array, " tokens"],
     old_log_probs: Float[Array, " tokens"] | None,
-    chosen: Float[Array, " tokens"],
+    at_argmax: Float[Array, " tokens"],
     policy: Policy,
     config: ObjectiveConfig,
 ) -> Float[Array, " tokens"]:
@@ -328,11 +329,94 @@ def policy_terms(
     Args:
       token_log_probs: The student's log-prob of the sampled token; carries the gradient.
       old_log_probs: The sampler's; None stands for the student's own, a ratio of 1.
-      chosen: The student's log-prob of the teacher's first choice.
+      at_argmax: The student's log-prob of the teacher's likeliest token.
       policy: Advantages and evidence.
       config: The rule for a token's advantage, and the clipping.
     """
-    fixed, chosen = jax.lax.stop_gradient((token_log_probs, chosen))
-    advantages = ADVANTAGES[config.advantage](policy, fixed, chosen, config)
+    fixed, at_argmax = jax.lax.stop_gradient((token_log_probs, at_argmax))
+    advantages = ADVANTAGES[config.advantage](policy, fixed, at_argmax, config)
     old = fixed if old_log_probs is None else old_log_probs
     return surrogate(token_log_probs, old, advantages, config.clip_low, config.clip_high)
+
+
+# ---- the objective -------------------------------------------------------------------------------
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """The objective that a configuration states."""
+    if config == ObjectiveConfig():
+        return objective.SDPO
+    return Objective(
+        functools.partial(_weights, config),
+        functools.partial(_loss, config),
+        functools.partial(policy_terms, config=config) if config.policy else None,
+    )
+
+
+def _weights(
+    config: ObjectiveConfig, responses: Responses, step: Array, aggregation: Aggregation
+) -> tuple[Weights, Bool[Array, ""]]:
+    """`Objective.weights` of every rival."""
+    context, counts = responses.has_context, responses.lengths > 0
+    unjudged = GroupStatistics(jnp.zeros_like(context), *[jnp.zeros(context.shape)] * 2)
+    group: Any = responses.group or unjudged
+    routes = route(config, group.success, context)
+    per_token = loss_weights(responses.lengths, routes.policy | routes.distillation, aggregation)
+    coefficient = distillation_coefficient(config, step)
+    questions = question_weights(config, group.success_rate)
+    learned = routes.distillation & (coefficient != 0) & (questions != 0)
+    weights = Weights(coefficient * questions * per_token * routes.distillation)
+    if config.policy:
+        policy, taught = _policy(config, responses, group, routes, step)
+        weights = weights._replace(policy=policy._replace(weights=policy.weights * per_token))
+        learned |= taught
+    if config.rehearsal:
+        rehearsed = context & group.success
+        shares = response_weights(responses.lengths, rehearsed)
+        weights, learned = weights._replace(rehearsal=shares), learned | rehearsed
+    return weights, jnp.any(learned & counts)
+
+
+def _policy(
+    config: ObjectiveConfig,
+    responses: Responses,
+    group: Any,
+    routes: Routes,
+    step: Array,
+) -> tuple[Policy, Bool[Array, " response"]]:
+    """The policy gradient of every response, and which have one that is not 0 at every token."""
+    evidence = jnp.full(responses.lengths.shape, advantage_weight(config, step))
+    matters = group.advantages != 0
+    if config.advantage == "teacher_argmax":  # without a context it is the student's own
+        evidence *= responses.has_context
+        matters |= evidence != 0  # a gradient even where all rewards are equal
+    weights = config.policy * routes.policy
+    policy = Policy(weights, group.advantages, evidence, responses.has_wrong)
+    return policy, routes.policy & matters
+
+
+def _loss(
+    config: ObjectiveConfig, forward: Forward, weights: Weights
+) -> tuple[Array, Terms, dict[str, Array]]:
+    """`Objective.loss` of every rival."""
+    student, teacher = forward.student("student"), forward.teacher("teacher")
+    distillation, policy = weights.distillation, weights.policy
+    measured: dict[str, Array] = {}
+    if config.token_weight != "uniform":  # they need every token of a response at once
+        fixed = jax.lax.stop_gradient(student)
+        _, terms = forward.distill(fixed, teacher, distillation, None)
+        gaps = next(iter(terms.information.values()))
+        distillation *= forward.to_mean_1(token_weights(config, terms.teacher_entropy, gaps))
+    if config.views:
+        policy = policy._replace(with_right=forward.score(forward.teacher("right")))
+        if config.advantage == "contrast":
+            policy = policy._replace(with_wrong=forward.score(forward.teacher("wrong")))
+    loss, terms = forward.distill(student, teacher, distillation, policy)
+    if terms.policy is not None:
+        measured["loss/policy"] = weighted_sum(terms.policy, policy.weights)
+    if weights.rehearsal is not None:
+        measured["loss/rehearsal"] = forward.cross_entropy(
+            forward.student("teacher"), weights.rehearsal
+        )
+        loss += config.rehearsal * measured["loss/rehearsal"]
+    return loss, terms, measured

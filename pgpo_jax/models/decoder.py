@@ -186,40 +186,27 @@ class Decoder(nnx.Module):
             # is without keys, and every kernel can be used.
             order = jnp.argsort(~mask, axis=1, stable=True)
             tokens = jnp.take_along_axis(tokens, order, axis=1)
-        x = self._forward(tokens, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :])
+        x = self.packed_hidden(tokens)
         if order is not None:
             x = jnp.take_along_axis(x, jnp.argsort(order, axis=1)[:, :, None], axis=1)
         return x
 
-    def response_hidden(
-        self,
-        prompts: Int[Array, "row prompt_time"],
-        prompt_mask: Bool[Array, "row prompt_time"],
-        responses: Int[Array, "row time"],
-        response_mask: Bool[Array, "row time"],
-    ) -> Float[Array, "row time hidden"]:
-        """Hidden states that predict each response token after a left-padded prompt.
-
-        Response token t is predicted at the column before it; prompts end in the last column, so
-        the response begins at one column in every row, however long the prompts are.
-        """
-        tokens = jnp.concatenate([prompts, responses], axis=1)
-        mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
-        return self.hidden(tokens, mask)[:, prompts.shape[1] - 1 : -1]
-
     def packed_hidden(
         self,
         tokens: Int[Array, "row time"],
-        segments: Int[Array, "row time"],
-        positions: Int[Array, "row time"],
+        segments: Int[Array, "row time"] | None = None,
+        positions: Int[Array, "row time"] | None = None,
     ) -> Float[Array, "row time hidden"]:
-        """As `hidden`, of rows that hold several sequences one after the other (`packing`).
+        """As `hidden`, of rows whose padding is at their end, and which may hold several sequences.
 
         Args:
           tokens: `[row, time]`.
           segments: The number of each token's sequence in its row; sequences do not see each other.
-          positions: Of each token in its sequence, from 0.
+            None: one sequence a row.
+          positions: Of each token in its sequence, from 0; None: its column.
         """
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         return self._forward(tokens, positions, segments)
 
     def init_cache(self, rows: int, columns: int, dtype: Any = None) -> Cache:

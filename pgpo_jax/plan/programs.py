@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pgpo_jax import hf, models, sampler, sharding
+from pgpo_jax import fused, hf, methods, models, sampler, sharding
 from pgpo_jax.config import Config
-from pgpo_jax.data import Batch, Evidence, bucket
+from pgpo_jax.data import Batch, View, bucket
+from pgpo_jax.data.batch import parts_of
 from pgpo_jax.errors import InputError
 from pgpo_jax.logs import read_multipliers
-from pgpo_jax.methods import Judged
 from pgpo_jax.models import ModelConfig
+from pgpo_jax.objective import GroupStatistics
 from pgpo_jax.optimizer import make_optimizer
 from pgpo_jax.state import abstract_train_state, train_state_shardings
 from pgpo_jax.step import make_train_step
@@ -145,28 +146,33 @@ def _graphdef(setup: Setup) -> Any:
 
 
 def abstract_batch(setup: Setup) -> Batch:
-    """Shapes and shardings of the worst batch."""
+    """Shapes and shardings of the worst batch: every prompt and response at its limit."""
+    parts = parts_of(setup.mesh) * setup.config.data.micro_batches
+    each = setup.rows // parts
+    tokens = each * setup.response
 
     def array(dtype: Any, *sizes: int) -> Any:
-        shape = (setup.rows, *sizes)
+        shape = (parts, *sizes)
         where = sharding.row_sharding(shape, setup.mesh)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    evidence = None
-    if setup.config.objective.needs_evidence:
-        prompts = array(jnp.int32, setup.teacher_prompt), array(jnp.bool_, setup.teacher_prompt)
-        evidence = Evidence(*prompts, *prompts, has_wrong=array(jnp.bool_))
+    def view(prompt: int) -> View:
+        rows = array(jnp.int32, each, prompt + setup.response)
+        return View(rows, array(jnp.int32, tokens))
+
+    views = dict.fromkeys(("teacher", *setup.config.objective.views), setup.teacher_prompt)
     return Batch(
-        prompts=array(jnp.int32, setup.prompt),
-        prompt_mask=array(jnp.bool_, setup.prompt),
-        teacher_prompts=array(jnp.int32, setup.teacher_prompt),
-        teacher_prompt_mask=array(jnp.bool_, setup.teacher_prompt),
-        responses=array(jnp.int32, setup.response),
-        response_mask=array(jnp.bool_, setup.response),
-        has_context=array(jnp.bool_),
-        sampler_log_probs=array(jnp.float32, setup.response),
-        judged=Judged(array(jnp.bool_), array(jnp.float32), array(jnp.float32)),
-        evidence=evidence,
+        views={name: view(length) for name, length in {"student": setup.prompt, **views}.items()},
+        responses=array(jnp.int32, tokens),
+        response_mask=array(jnp.bool_, tokens),
+        sampler_log_probs=array(jnp.float32, tokens),
+        owners=array(jnp.int32, tokens),
+        lengths=array(jnp.int32, each),
+        has_context=array(jnp.bool_, each),
+        rows=array(jnp.int32, each),
+        held=array(jnp.int32),
+        group=GroupStatistics(*(array(kind, each) for kind in (jnp.bool_, *[jnp.float32] * 2))),
+        has_wrong=array(jnp.bool_, each) if setup.config.objective.views else None,
     )
 
 
@@ -180,13 +186,12 @@ def lower_train_step(setup: Setup, alpha: float | None = None) -> jax.stages.Low
     train_step: Any = make_train_step(
         _graphdef(setup),
         optimizer,
-        config.distillation,
+        fused.Options(
+            config.distillation, tuple(config.metrics.estimators), config.sampling.vocab_size
+        ),
         train_state_shardings(params, optimizer),
-        objective=config.objective,
+        objective=methods.make_objective(config.objective),
         teacher_config=config.teacher,
-        micro_batches=config.data.micro_batches,
-        vocab_size=config.sampling.vocab_size,
-        estimators=config.metrics.estimators,
     )
     return train_step.lower(abstract_train_state(params, optimizer), abstract_batch(setup))
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pgpo_jax import sharding
-from pgpo_jax.data import Contexts, Rollouts
+from pgpo_jax.data import Rollouts, TeacherPrompts
 from pgpo_jax.run.setup import Run
 from pgpo_jax.tasks import Outcome, Question, given_answer
 
@@ -31,7 +31,7 @@ def summarise(
     run: Run,
     rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
-    contexts: Contexts,
+    shown: TeacherPrompts,
     clock: Clock,
 ) -> dict[str, float]:
     """Metrics of rewards, groups, lengths and times, over all hosts."""
@@ -43,7 +43,7 @@ def summarise(
         "success": [outcome.reward >= run.reprompt.threshold for outcome in flat],
         "well_formed": [outcome.well_formed for outcome in flat],
         "failed": [outcome.failed for outcome in flat],
-        "context": contexts.has_context,
+        "context": shown.has_context,
         "length": lengths,
         "cut": ~np.isin(last[:, 0], run.policy.sampling.end_tokens),
         "first": _equals_first(rollouts.texts),
@@ -53,7 +53,7 @@ def summarise(
     table = np.stack([np.asarray(column, np.float32) for column in columns.values()], axis=1)
     every = dict(zip(columns, sharding.gather_rows(table, rows).T, strict=True))
     means = {name: float(values.mean()) for name, values in every.items()}
-    shortened = np.array([[contexts.shortened]], np.float32)
+    shortened = np.array([[shown.shortened]], np.float32)
     tokens = float(every["length"].sum())
     return {
         "reward/mean": means["reward"],
@@ -84,7 +84,7 @@ def records(
     questions: Sequence[Question],
     rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
-    contexts: Contexts,
+    shown: TeacherPrompts,
 ) -> list[dict[str, Any]]:
     """This host's responses for samples.jsonl, with what the teacher saw."""
     samples = len(rollouts.texts[0])
@@ -96,8 +96,8 @@ def records(
             "answer": question.answer,
             "reward": outcomes[i][j].reward,
             "feedback": outcomes[i][j].feedback,
-            "has_context": bool(contexts.has_context[i * samples + j]),
-            "teacher_prompt": contexts.texts[i * samples + j],
+            "has_context": bool(shown.has_context[i * samples + j]),
+            "teacher_prompt": shown.texts[i * samples + j],
         }
         for i, question in enumerate(questions)
         for j in range(samples)

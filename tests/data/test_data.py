@@ -45,12 +45,6 @@ def test_left_padding_ends_with_the_row_and_right_padding_begins_with_it():
         data.left_pad([[1, 2, 3]], 2)
 
 
-def test_widening_adds_only_left_padding():
-    tokens, mask = data.widen_left(*data.left_pad([[5, 6]], 2), 4)
-    assert tokens.tolist() == [[0, 0, 5, 6]]
-    assert mask.tolist() == [[False, False, True, True]]
-
-
 def test_every_epoch_asks_each_question_once_in_another_order():
     epochs = [
         np.concatenate([data.batch_indices(3, 4 * epoch + step, 12, 3) for step in range(4)])
@@ -124,15 +118,15 @@ def test_a_batch_has_one_row_per_response_in_question_order():
         prompts, prompt_mask, responses, mask, responses.astype(np.float32), [["x"] * 3] * 2
     )
     teacher, teacher_mask = data.left_pad([[row] for row in range(6)], 5)
-    contexts = data.Contexts(teacher, teacher_mask, np.arange(6) < 3, ["t"] * 6, 0)
-    batch = data.make_batch(rollouts, contexts)
-    assert batch.prompts[:, -1].tolist() == [1, 1, 1, 2, 2, 2]
-    assert batch.teacher_prompts[:, -1].tolist() == list(range(6))
+    shown = data.TeacherPrompts(teacher, teacher_mask, np.arange(6) < 3, ["t"] * 6, 0)
+    batch = data.make_examples(rollouts, shown)
+    assert batch.prompts["student"][0][:, -1].tolist() == [1, 1, 1, 2, 2, 2]
+    assert batch.prompts["teacher"][0][:, -1].tolist() == list(range(6))
     assert batch.responses.tolist() == responses.reshape(6, 4).tolist()
     assert batch.response_mask.tolist() == mask.reshape(6, 4).tolist()
     assert batch.sampler_log_probs.shape == (6, 4)
     with pytest.raises(ValueError, match="2 questions x 3 samples"):
-        data.make_batch(rollouts, contexts._replace(has_context=np.ones(5, bool)))
+        data.make_examples(rollouts, shown._replace(has_context=np.ones(5, bool)))
 
 
 @pytest.mark.parametrize("name", ["questions_per_step", "max_prompt_length"])

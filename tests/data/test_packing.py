@@ -13,11 +13,18 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from test_distributed import finish, start
-from test_step import ARCHITECTURE, make_batch, setup
+from test_step import ARCHITECTURE, assert_same, make_examples, numbers, place, setup
 from test_train import TINY, without_time
 
 from pgpo_jax import config, data, losses, sharding, train
-from pgpo_jax.data import Batch, DataConfig, Packed, packing
+from pgpo_jax.data import Batch, DataConfig, Examples, pack, packing
+from pgpo_jax.data.batch import (
+    micro_batches,
+    padding_fraction,
+    response_hidden,
+    responses_of,
+    to_tokens,
+)
 from pgpo_jax.errors import InputError
 from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.models import attention, decoder
@@ -30,7 +37,7 @@ def mesh_of(devices=1, platform="cpu"):
     return types.SimpleNamespace(shape=shape, devices=np.array([device]))
 
 
-def batch_of(prompts, teacher_prompts, responses, widen=lambda length: length) -> Batch:
+def batch_of(prompts, teacher_prompts, responses, widen=lambda length: length) -> Examples:
     """Rows of the given lengths; every token's value is unique."""
     lengths = np.array([prompts, teacher_prompts, responses])
     rows, widths = lengths.shape[1], [widen(int(own.max())) for own in lengths]
@@ -42,16 +49,25 @@ def batch_of(prompts, teacher_prompts, responses, widen=lambda length: length) -
     masks[2] = masks[2][:, ::-1]
     log_probs = -tokens[2].astype(np.float32)
     context = np.arange(rows) % 3 > 0
-    return Batch(
-        *(tokens[0], masks[0], tokens[1], masks[1], tokens[2], masks[2]), context, log_probs
-    )
+    prompts = {"student": (tokens[0], masks[0]), "teacher": (tokens[1], masks[1])}
+    return Examples(prompts, tokens[2], masks[2], log_probs, context)
 
 
-def always(batch, mesh=None, micro_batches=1) -> Packed:
-    settings = DataConfig(packing="always", micro_batches=micro_batches)
-    packed = packing.pack(batch, settings, mesh or mesh_of())
-    assert isinstance(packed, Packed)
+def always(examples, mesh=None, count=1) -> Batch:
+    settings = DataConfig(packing="always", micro_batches=count)
+    packed = pack(examples, settings, mesh or mesh_of())
+    assert is_packed(packed)
     return packed
+
+
+def never(examples, mesh=None, count=1) -> Batch:
+    settings = DataConfig(packing="never", micro_batches=count)
+    return pack(examples, settings, mesh or mesh_of())
+
+
+def is_packed(batch: Batch) -> bool:
+    """Whether its rows may hold several sequences."""
+    return all(view.segments is not None for view in batch.views.values())
 
 
 SKEWED = batch_of([5, 3, 4, 5, 2, 3, 5, 4], [9, 4, 8, 7, 9, 3, 5, 6], [64, 3, 9, 5, 7, 2, 4, 8])
@@ -63,18 +79,18 @@ EQUAL = batch_of([8] * 8, [16] * 8, [32] * 8)
 
 @st.composite
 def batches(draw):
-    devices, micro_batches = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]))
-    rows = devices * micro_batches * draw(st.integers(1, 5))
+    devices, count = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]))
+    rows = devices * count * draw(st.integers(1, 5))
     prompts = st.lists(st.integers(1, 40), min_size=rows, max_size=rows)
     responses = st.lists(st.integers(0, 70), min_size=rows, max_size=rows)
     lengths = draw(prompts), draw(prompts), draw(responses.filter(any))
-    return batch_of(*lengths), devices, micro_batches
+    return batch_of(*lengths), devices, count
 
 
-@given(batches())
-def test_every_response_token_stands_once_in_one_order_behind_its_own_prompt(drawn):
-    batch, devices, micro_batches = drawn
-    packed = always(batch, mesh_of(devices), micro_batches)
+@given(batches(), st.sampled_from([always, never]))
+def test_every_response_token_stands_once_in_one_order_behind_its_own_prompt(drawn, layout):
+    batch, devices, count = drawn
+    packed = layout(batch, mesh_of(devices), count)
     expected = np.sort(batch.responses[batch.response_mask])
     np.testing.assert_array_equal(np.sort(packed.responses[packed.response_mask]), expected)
     values = packed.responses.astype(np.float32)
@@ -83,11 +99,14 @@ def test_every_response_token_stands_once_in_one_order_behind_its_own_prompt(dra
     )
     row_of = {int(t): row for row, own in enumerate(batch.responses) for t in own}
     for name, view in packed.views.items():
-        tokens, mask = packing.prompts_of(batch)[name]
-        held = view.tokens[view.segments > 0]
+        tokens, mask = batch.prompts[name]
+        columns = np.broadcast_to(np.arange(view.tokens.shape[2]), view.tokens.shape)
+        segments = np.ones_like(columns) if view.segments is None else view.segments
+        positions = columns if view.positions is None else view.positions
+        held = view.tokens[(view.tokens > 0) & (segments > 0)]
         assert len(set(held.tolist())) == len(held), "no two sequences overlap"
         for part in range(len(view.tokens)):
-            flat = [x[part].reshape(-1) for x in (view.tokens, view.segments, view.positions)]
+            flat = [x[part].reshape(-1) for x in (view.tokens, segments, positions)]
             counts = packed.response_mask[part]
             sources = view.sources[part][counts]
             np.testing.assert_array_equal(flat[0][sources + 1], packed.responses[part][counts])
@@ -104,13 +123,13 @@ def test_every_response_token_stands_once_in_one_order_behind_its_own_prompt(dra
 
 @given(batches())
 def test_no_packed_micro_batch_is_larger_than_a_padded_one(drawn):
-    batch, devices, micro_batches = drawn
-    packed = always(batch, mesh_of(devices), micro_batches)
-    rows = len(batch.responses) // (devices * micro_batches)
-    assert len(packed.lengths) <= devices * micro_batches
+    batch, devices, count = drawn
+    packed = always(batch, mesh_of(devices), count)
+    rows = len(batch.responses) // (devices * count)
+    assert len(packed.lengths) <= devices * count
     assert packed.responses.shape[1] <= rows * batch.responses.shape[1]
     for name, view in packed.views.items():
-        width = packing.prompts_of(batch)[name][0].shape[1] + batch.responses.shape[1]
+        width = batch.prompts[name][0].shape[1] + batch.responses.shape[1]
         for power in (1, 2):  # columns, and scores of attention
             assert view.tokens.shape[1] * view.tokens.shape[2] ** power <= rows * width**power
 
@@ -134,22 +153,22 @@ def test_parts_get_equally_many_sequences_and_about_equally_many_tokens():
 
 
 def test_auto_packs_what_is_skewed_and_leaves_what_is_full():
-    assert isinstance(packing.pack(SKEWED, DataConfig(), mesh_of()), Packed)
-    assert packing.pack(EQUAL, DataConfig(), mesh_of()) is EQUAL
-    assert packing.pack(SKEWED, DataConfig(packing="never"), mesh_of()) is SKEWED
-    assert packing.pack(SKEWED, DataConfig(), mesh_of(platform="gpu")) is SKEWED
+    assert is_packed(pack(SKEWED, DataConfig(), mesh_of()))
+    assert not is_packed(pack(EQUAL, DataConfig(), mesh_of()))
+    assert not is_packed(pack(SKEWED, DataConfig(packing="never"), mesh_of()))
+    assert not is_packed(pack(SKEWED, DataConfig(), mesh_of(platform="gpu")))
 
 
-def test_rows_that_do_not_divide_stay_padded_unless_packing_was_asked_for():
-    assert packing.pack(SKEWED, DataConfig(micro_batches=3), mesh_of()) is SKEWED
-    with pytest.raises(InputError, match=r"data\.packing: got always; the 8 rows of a host must"):
-        always(SKEWED, micro_batches=3)
+@pytest.mark.parametrize("layout", [always, never])
+def test_rows_that_do_not_divide_are_refused(layout):
+    with pytest.raises(InputError, match=r"data\.micro_batches: got 3; the 8 rows of a host must"):
+        layout(SKEWED, count=3)
 
 
 def test_full_micro_batches_stay_and_emptier_ones_are_joined():
     for batch, count in ((EQUAL, 2), (SKEWED, 1)):
-        packed = always(batch, mesh_of(2), micro_batches=2)
-        assert packing.micro_batches(packed, mesh_of(2)) == count
+        packed = always(batch, mesh_of(2), 2)
+        assert micro_batches(packed, mesh_of(2)) == count
 
 
 def test_a_run_has_few_shapes():
@@ -160,7 +179,7 @@ def test_a_run_has_few_shapes():
         lengths[rng.random(64) < 0.005] = 1000
         prompts = rng.integers(20, 100, 64)
         batch = batch_of(prompts, prompts + 50, lengths, lambda length: data.bucket(length, 1000))
-        packed = packing.pack(batch, DataConfig(), mesh_of(4))
+        packed = pack(batch, DataConfig(), mesh_of(4))
         shapes.add(tuple(leaf.shape for leaf in jax.tree.leaves(packed)))
     assert len(shapes) < 40
 
@@ -184,33 +203,26 @@ def net(request):
     return nnx.merge(*decoder.init(settings, decoder.Options(dtype=jnp.float32), jax.random.key(0)))
 
 
-def small_tokens(batch):
-    """The unique tokens of `batch_of`, made tokens of the model."""
-    return batch._replace(
-        **{name: getattr(batch, name) % 20 for name in ("prompts", "teacher_prompts", "responses")}
-    )
-
-
 @pytest.mark.parametrize("view", ["student", "teacher"])
-def test_hidden_states_are_those_of_every_sequence_alone(net, view):
-    packed, hidden = always(SKEWED), {}
-    for batch in (SKEWED, packed):
-        tokens = np.asarray(batch.responses).ravel()
-        mask = np.asarray(batch.response_mask).ravel()
-        if isinstance(batch, Batch):
-            small = small_tokens(batch)
-        else:
-            views = {k: v._replace(tokens=v.tokens % 20) for k, v in batch.views.items()}
-            small = batch._replace(views=views)
-        states = packing.response_hidden(net, jax.tree.map(jnp.asarray, small), view)
-        order = np.argsort(tokens[mask])
-        hidden[type(batch)] = np.asarray(states)[mask][order]
-    np.testing.assert_allclose(hidden[Packed], hidden[Batch], atol=1e-5)
+@pytest.mark.parametrize("layout", [always, never])
+def test_hidden_states_are_those_of_every_sequence_alone(net, view, layout):
+    prompts, mask = SKEWED.prompts[view]
+    tokens = np.concatenate([prompts, SKEWED.responses], 1) % 20  # unique ones made the model's
+    whole = np.concatenate([mask, SKEWED.response_mask], 1)
+    alone = net.hidden(jnp.asarray(tokens), jnp.asarray(whole))[:, prompts.shape[1] - 1 : -1]
+    batch = layout(SKEWED)
+    views = {k: v._replace(tokens=v.tokens % 20) for k, v in batch.views.items()}
+    small = jax.tree.map(jnp.asarray, batch._replace(views=views))
+    found = np.asarray(response_hidden(net, small, view))[batch.response_mask.ravel()]
+    order = np.argsort(batch.responses[batch.response_mask])
+    np.testing.assert_allclose(found[order], alone[SKEWED.response_mask], atol=1e-5)
 
 
 def test_a_sequence_does_not_feel_what_is_in_its_row(net):
     view = always(SKEWED).views["student"]
-    tokens, segments, positions = (jnp.asarray(x[0]) for x in view[:3])
+    tokens, segments, positions = (
+        jnp.asarray(x[0]) for x in (view.tokens, view.segments, view.positions)
+    )
     assert int(segments.max()) > 2
     forward = jax.jit(lambda tokens: net.packed_hidden(tokens % 20, segments, positions))
     before = forward(tokens)
@@ -252,26 +264,26 @@ def test_cudnn_is_refused_for_rows_of_several_sequences():
 
 # ---- the update ----
 
-RAGGED = make_batch(0)
+RAGGED = make_examples(0)
 FULL = RAGGED._replace(  # micro-batches of it cannot be joined
-    **{
-        name: np.ones_like(getattr(RAGGED, name))
-        for name in ("prompt_mask", "teacher_prompt_mask", "response_mask")
-    }
+    prompts={view: (tokens, np.ones_like(mask)) for view, (tokens, mask) in RAGGED.prompts.items()},
+    response_mask=np.ones_like(RAGGED.response_mask),
 )
 
 
-def updates(batch, mesh=(1, 1, 1), micro_batches=1, aggregation="sequence_mean"):
+def updates(examples, mesh=(1, 1, 1), count=1, aggregation="sequence_mean", packing="never"):
     """After two of them, so that teacher and student differ in the second one."""
     distillation = DistillationConfig(top_k=None, chunk_size=8, aggregation=aggregation)
-    _, step, state, mesh = setup(mesh, micro_batches, distillation=distillation)
+    _, step, state, mesh = setup(mesh, distillation=distillation)
+    batch = place(examples, mesh, count, packing)
+    assert micro_batches(batch, mesh) == count
     for _ in range(2):
-        state, measured = step(state, sharding.to_global(batch, mesh))
-    return jax.device_get(state), {name: float(value) for name, value in measured.items()}
+        state, measured = step(state, batch)
+    return jax.device_get(state), numbers(measured)
 
 
 @pytest.mark.parametrize(
-    ("mesh", "micro_batches", "aggregation"),
+    ("mesh", "count", "aggregation"),
     [
         ((1, 1, 1), 1, "sequence_mean"),
         ((1, 1, 1), 4, "token_mean"),
@@ -281,51 +293,43 @@ def updates(batch, mesh=(1, 1, 1), micro_batches=1, aggregation="sequence_mean")
         ((1, 1, 8), 1, "sequence_mean"),
     ],
 )
-def test_an_update_is_the_padded_one(mesh, micro_batches, aggregation):
-    batch = RAGGED if micro_batches == 1 else FULL
-    whole, expected = updates(batch, aggregation=aggregation)
-    where = sharding.make_mesh(sharding.MeshConfig(*mesh))
-    packed = always(batch, where, micro_batches)
-    assert packing.micro_batches(packed, where) == micro_batches
-    state, measured = updates(packed, mesh, micro_batches, aggregation)
+def test_an_update_is_the_padded_one(mesh, count, aggregation):
+    examples = RAGGED if count == 1 else FULL
+    whole, expected = updates(examples, aggregation=aggregation)
+    state, measured = updates(examples, mesh, count, aggregation, packing="always")
     # Only the order of float32 sums differs.
     chex.assert_trees_all_close(state, whole, rtol=1e-4, atol=1e-6)
-    for name, value in expected.items():
-        if name != "padding_fraction":
-            np.testing.assert_allclose(measured[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert_same(measured, expected)
 
 
 def test_hidden_states_stay_on_their_device():
     _, step, state, mesh = setup((8, 1, 1))
-    packed = sharding.to_global(always(RAGGED, mesh), mesh)
+    packed = place(RAGGED, mesh, packing="always")
     compiled = step.lower(state, packed).compile().as_text()
     assert "all-reduce" in compiled  # of the gradients
     for moving in ("all-gather", "all-to-all", "collective-permute"):
         assert moving not in compiled
 
 
-def test_the_padding_is_what_no_token_stands_in():
-    views = [8 * (64 + 5), 8 * (64 + 9), 8 * 64]
-    responses = int(SKEWED.response_mask.sum())
-    held = int(SKEWED.prompt_mask.sum() + SKEWED.teacher_prompt_mask.sum()) + 3 * responses
-    expected = 1 - held / sum(views)
-    np.testing.assert_allclose(packing.padding_fraction(SKEWED), expected, rtol=1e-6)
-    packed = always(SKEWED)
-    sizes = [view.tokens.size for view in packed.views.values()] + [packed.responses.size]
-    expected = 1 - held / sum(sizes)
-    np.testing.assert_allclose(packing.padding_fraction(packed), expected, rtol=1e-6)
+@pytest.mark.parametrize("layout", [always, never])
+def test_the_padding_is_what_no_token_stands_in(layout):
+    masks = [SKEWED.response_mask, *(mask for _, mask in SKEWED.prompts.values())]
+    held = sum(int(mask.sum()) for mask in masks) + 2 * int(SKEWED.response_mask.sum())
+    batch = layout(SKEWED)
+    columns = sum(view.tokens.size for view in batch.views.values()) + batch.responses.size
+    np.testing.assert_allclose(padding_fraction(batch), 1 - held / columns, rtol=1e-6)
 
 
-def test_weights_of_packed_tokens_are_those_of_the_whole_batch():
-    packed = always(SKEWED, mesh_of(2))
+@pytest.mark.parametrize("layout", [always, never])
+def test_weights_of_tokens_are_those_of_the_whole_batch(layout):
+    batch = layout(SKEWED, mesh_of(2))
     for mode in ("sequence_mean", "token_mean"):
         expected = losses.token_weights(SKEWED.response_mask, SKEWED.has_context, mode)
         by_token = dict(zip(SKEWED.responses.ravel().tolist(), expected.ravel(), strict=True))
-        lengths = packing.response_lengths(packed)
-        weights = losses.response_weights(lengths, packed.has_context.ravel(), mode)
-        flat = packing.to_tokens(packed, weights)
-        assert not flat[~packed.response_mask].any()
-        for token, weight in zip(packed.responses.ravel(), flat.ravel(), strict=True):
+        known = responses_of(batch)
+        flat = to_tokens(batch, losses.response_weights(known.lengths, known.has_context, mode))
+        assert not flat[~batch.response_mask].any()
+        for token, weight in zip(batch.responses.ravel(), flat.ravel(), strict=True):
             assert weight == by_token.get(int(token), 0)
 
 
@@ -346,7 +350,7 @@ def rows(path, name):
 
 def same_but_for_padding(row, expected):
     padding, before = row.pop("padding_fraction"), expected["padding_fraction"]
-    assert 0 <= padding <= before
+    assert 0 <= padding < 1
     row["padding_fraction"] = before
     assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pgpo_jax import data, fused, losses, sharding
-from pgpo_jax.data import packing
-from pgpo_jax.methods import ObjectiveConfig, Policy, objective
+from pgpo_jax.data.batch import to_mean_1, to_rows
+from pgpo_jax.methods import ObjectiveConfig, make_objective, objective
+from pgpo_jax.methods.objective import Policy
 
 TOKENS, EMBED, VOCAB = 24, 6, 20
 RNG = np.random.default_rng(0)
@@ -24,7 +25,7 @@ def normal(*shape):
 
 LOG_PROBS = -jnp.abs(normal(TOKENS))
 OLD = LOG_PROBS + 0.3 * normal(TOKENS)
-CHOSEN = -jnp.abs(normal(TOKENS))
+AT_ARGMAX = -jnp.abs(normal(TOKENS))
 POLICY = Policy(
     weights=jnp.ones(TOKENS) / TOKENS,
     advantages=normal(TOKENS),
@@ -37,17 +38,17 @@ POLICY = Policy(
 
 def terms(policy=POLICY, **config):
     config = ObjectiveConfig(policy=1.0, **config)
-    return objective.policy_terms(LOG_PROBS, OLD, CHOSEN, policy, config)
+    return objective.policy_terms(LOG_PROBS, OLD, AT_ARGMAX, policy, config)
 
 
 def test_advantages_are_relative_to_the_group():
     rewards = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
-    judged = objective.judge(rewards)
+    statistics = objective.group_statistics(rewards)
     expected = [0.75 / (0.5 + 1e-4), *[-0.25 / (0.5 + 1e-4)] * 3, 0, 0, 0, 0]
-    np.testing.assert_allclose(judged.advantages, expected, rtol=1e-5)
-    assert judged.success.tolist() == [True, False, False, False, True, True, True, True]
-    assert judged.share.tolist() == [0.25] * 4 + [1.0] * 4
-    plain = objective.judge(rewards, threshold=1.5, scale_advantage=False)
+    np.testing.assert_allclose(statistics.advantages, expected, rtol=1e-5)
+    assert statistics.success.tolist() == [True, False, False, False, True, True, True, True]
+    assert statistics.success_rate.tolist() == [0.25] * 4 + [1.0] * 4
+    plain = objective.group_statistics(rewards, threshold=1.5, scale_advantage=False)
     np.testing.assert_allclose(plain.advantages, [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0])
     assert not plain.success.any()
 
@@ -87,7 +88,7 @@ def test_a_group_without_a_wrong_response_falls_back_as_asked():
 
 def test_the_weight_of_the_evidence_fades_to_grpo():
     faded = POLICY._replace(advantage_weight=jnp.zeros(TOKENS))
-    for advantage in ("contrast", "evidence", "choice"):
+    for advantage in ("contrast", "evidence", "teacher_argmax"):
         chex.assert_trees_all_equal(terms(faded, advantage=advantage), terms())
     config = ObjectiveConfig(advantage_weight=0.5, advantage_steps=25)
     weights = [float(objective.advantage_weight(config, jnp.int32(k))) for k in (0, 5, 25, 90)]
@@ -108,11 +109,11 @@ def test_evidence_keeps_the_sign_of_an_advantage(advantage, evidence, weight, cl
     assert abs(got) <= abs(advantage) * (1 + clip) * (1 + 1e-6)
 
 
-def test_the_teachers_choice_raises_an_advantage_by_its_probability():
-    plain = objective.policy_terms(LOG_PROBS, None, CHOSEN, POLICY, ObjectiveConfig(policy=1.0))
-    config = ObjectiveConfig(policy=1.0, advantage="choice")
-    raised = objective.policy_terms(LOG_PROBS, None, CHOSEN, POLICY, config)
-    np.testing.assert_allclose(plain - raised, 0.5 * jnp.exp(CHOSEN), rtol=1e-5, atol=1e-6)
+def test_the_teachers_likeliest_token_raises_an_advantage_by_its_probability():
+    plain = objective.policy_terms(LOG_PROBS, None, AT_ARGMAX, POLICY, ObjectiveConfig(policy=1.0))
+    config = ObjectiveConfig(policy=1.0, advantage="teacher_argmax")
+    raised = objective.policy_terms(LOG_PROBS, None, AT_ARGMAX, POLICY, config)
+    np.testing.assert_allclose(plain - raised, 0.5 * jnp.exp(AT_ARGMAX), rtol=1e-5, atol=1e-6)
 
 
 def test_the_router_sends_every_row_at_most_one_way():
@@ -132,7 +133,7 @@ def test_the_router_sends_every_row_at_most_one_way():
 
 def test_question_weights_have_mean_1_and_favour_what_is_half_solved():
     share = jnp.repeat(jnp.array([1.0, 0.5, 0.25]), 4)
-    config = ObjectiveConfig(question_weight="spread")
+    config = ObjectiveConfig(question_weight="reward_std")
     raw = np.sqrt([0, 0.25, 0.1875])
     expected = np.repeat(raw / raw.mean(), 4)
     np.testing.assert_allclose(objective.question_weights(config, share), expected, rtol=1e-6)
@@ -140,7 +141,7 @@ def test_question_weights_have_mean_1_and_favour_what_is_half_solved():
     assert objective.question_weights(ObjectiveConfig(), share).tolist() == [1] * 12
 
 
-@pytest.mark.parametrize("kind", ["certainty", "information"])
+@pytest.mark.parametrize("kind", ["teacher_entropy", "information"])
 def test_token_weights_have_mean_1_over_every_response(kind):
     lengths = np.array([[6], [1], [3], [0]])
     mask = np.arange(6)[None] < lengths
@@ -148,16 +149,19 @@ def test_token_weights_have_mean_1_over_every_response(kind):
     config = ObjectiveConfig(token_weight=kind, token_alpha=2.0)
     raw = objective.token_weights(config, entropy, gaps)
     assert np.isfinite(raw).all()
-    exponent = -entropy if kind == "certainty" else 2 * gaps
+    exponent = -entropy if kind == "teacher_entropy" else 2 * gaps
     ratio = jnp.exp(exponent[0, 1] - exponent[0, 0])
     np.testing.assert_allclose(raw[0, 1] / raw[0, 0], ratio, rtol=1e-5)
-    blank = np.zeros((4, 2), np.int32)
-    batch = data.Batch(
-        *(blank, blank == 0) * 2, np.zeros((4, 6), np.int32), mask, mask.any(1), mask * 1.0
-    )
-    weights = packing.to_mean_1(batch, raw)
-    np.testing.assert_allclose(weights.sum(1), mask.sum(1), rtol=1e-5)
-    assert not weights[~mask].any()
+    blank = np.zeros((4, 2), np.int32), np.ones((4, 2), bool)
+    prompts = {"student": blank, "teacher": blank}
+    examples = data.Examples(prompts, np.zeros((4, 6), np.int32), mask, mask * 1.0, mask.any(1))
+    batch = data.pack(examples, data.DataConfig(), sharding.make_mesh(sharding.MeshConfig(1)))
+    order = [raw[row][mask[row]] for row in range(4)]
+    values = jnp.zeros(batch.responses.size).at[: mask.sum()].set(jnp.concatenate(order))
+    weights = np.asarray(to_mean_1(batch, values)).reshape(batch.responses.shape)
+    for row, own in enumerate(to_rows(batch, weights)):
+        np.testing.assert_allclose(own.sum(), lengths[row, 0], rtol=1e-5)
+    assert not weights[~batch.response_mask].any()
 
 
 def test_the_coefficient_of_the_distillation_fades_linearly():
@@ -170,36 +174,31 @@ def test_the_coefficient_of_the_distillation_fades_linearly():
 # ---- in the vocabulary pass ----------------------------------------------------------------------
 
 HIDDEN, HEAD = normal(TOKENS, EMBED), normal(VOCAB, EMBED)
-TEACHER_HIDDEN, TEACHER_HEAD = normal(TOKENS, EMBED), normal(VOCAB, EMBED)
+TEACHER = fused.Side(normal(TOKENS, EMBED), normal(VOCAB, EMBED))
 SAMPLED = jnp.asarray(RNG.integers(0, VOCAB, TOKENS))
 # Some tokens get both terms, some one, some none.
 WEIGHTS = jnp.where(jnp.arange(TOKENS) % 3 == 0, 0.0, 1 / TOKENS)
 MIXED = POLICY._replace(weights=jnp.where(jnp.arange(TOKENS) % 2 == 0, 0.0, 0.5))
 
 
-@pytest.mark.parametrize("advantage", ["group", "contrast", "evidence", "choice"])
+@pytest.mark.parametrize("advantage", ["group", "contrast", "evidence", "teacher_argmax"])
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
 def test_the_fused_gradient_is_that_of_all_logits_at_once(advantage, mesh):
     config = losses.DistillationConfig(top_k=5, chunk_size=5)
-    objective = ObjectiveConfig(policy=1.0, advantage=advantage)
+    terms = make_objective(ObjectiveConfig(policy=1.0, advantage=advantage)).policy_terms
+    where = mesh and sharding.make_mesh(sharding.MeshConfig(*mesh))
+    rows = fused.Tokens(SAMPLED, WEIGHTS, OLD, MIXED)
 
     def fused_loss(hidden, head):
-        return fused.distill(
-            *(hidden, head, TEACHER_HIDDEN, TEACHER_HEAD, SAMPLED, WEIGHTS, OLD, MIXED),
-            config=config,
-            objective=objective,
-            mesh=mesh and sharding.make_mesh(sharding.MeshConfig(*mesh)),
-        )
+        options = fused.Options(config, mesh=where, policy_terms=terms)
+        return fused.distill(fused.Side(hidden, head), TEACHER, rows, options)
 
     def plain_loss(hidden, head):
         found = fused.token_terms(
             fused.logits(hidden, head),
-            fused.logits(TEACHER_HIDDEN, TEACHER_HEAD),
-            *(SAMPLED, OLD, MIXED),
-            config=config,
-            objective=objective,
-            vocab_size=None,
-            estimators=("entropy_gap",),
+            fused.logits(*TEACHER),
+            rows,
+            fused.Options(config, policy_terms=terms),
         )
         loss = jnp.sum(WEIGHTS * found.weight * found.divergence)
         return loss + jnp.sum(MIXED.weights * found.policy), found
@@ -215,26 +214,45 @@ def test_the_fused_gradient_is_that_of_all_logits_at_once(advantage, mesh):
     np.testing.assert_allclose(got_terms.policy, expected_terms.policy, rtol=1e-5, atol=1e-6)
 
 
-def test_the_choice_of_the_teacher_is_a_cross_entropy_with_its_likeliest_token():
-    config = losses.DistillationConfig(kind="choice", importance_cap=None, chunk_size=7)
+def test_the_argmax_of_the_teacher_is_a_cross_entropy_with_its_likeliest_token():
+    config = losses.DistillationConfig(kind="teacher_argmax", importance_cap=None, chunk_size=7)
     gradient = jax.grad(
         lambda hidden: fused.distill(
-            *(hidden, HEAD, TEACHER_HIDDEN, TEACHER_HEAD, SAMPLED, WEIGHTS), config=config
+            fused.Side(hidden, HEAD), TEACHER, fused.Tokens(SAMPLED, WEIGHTS), fused.Options(config)
         )[0]
     )(HIDDEN)
-    choice = jnp.argmax(TEACHER_HIDDEN @ TEACHER_HEAD.T, axis=1)
-    error = jax.nn.softmax(HIDDEN @ HEAD.T) - jax.nn.one_hot(choice, VOCAB)
+    likeliest = jnp.argmax(TEACHER.hidden @ TEACHER.head.T, axis=1)
+    error = jax.nn.softmax(HIDDEN @ HEAD.T) - jax.nn.one_hot(likeliest, VOCAB)
     np.testing.assert_allclose(gradient, WEIGHTS[:, None] * (error @ HEAD), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
 def test_scores_are_log_probs_of_the_tokens(mesh):
-    score = functools.partial(
-        fused.score,
-        config=losses.DistillationConfig(chunk_size=5, temperature=0.5),
+    options = fused.Options(
+        losses.DistillationConfig(chunk_size=5, temperature=0.5),
         vocab_size=VOCAB,
         mesh=mesh and sharding.make_mesh(sharding.MeshConfig(*mesh)),
     )
-    got = jax.jit(score)(HIDDEN, HEAD, SAMPLED)
+    got = jax.jit(functools.partial(fused.score, options=options))(
+        fused.Side(HIDDEN, HEAD), SAMPLED
+    )
     log_p = jax.nn.log_softmax(HIDDEN @ HEAD.T / 0.5)
     np.testing.assert_allclose(got, log_p[jnp.arange(TOKENS), SAMPLED], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+def test_a_cross_entropy_is_that_of_all_logits_at_once(mesh):
+    options = fused.Options(
+        losses.DistillationConfig(chunk_size=5, temperature=0.5),
+        mesh=mesh and sharding.make_mesh(sharding.MeshConfig(*mesh)),
+    )
+
+    def ours(hidden, head):
+        return fused.cross_entropy(fused.Side(hidden, head), SAMPLED, WEIGHTS, options)
+
+    def plain(hidden, head):
+        log_p = jax.nn.log_softmax(hidden @ head.T / 0.5)
+        return -jnp.sum(WEIGHTS * log_p[jnp.arange(TOKENS), SAMPLED])
+
+    got, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(HIDDEN, HEAD) for f in (ours, plain))
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)

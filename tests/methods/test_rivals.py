@@ -112,16 +112,16 @@ def test_evidence_shows_the_right_answer_and_the_worst_wrong_one():
     outcomes = [[Outcome(0.25), Outcome(0.0)], [Outcome(1.0)] * 2]
     policy = Policy(None, task.tokenizer, None, SamplingConfig(), data.DataConfig())
     config = reprompt.with_templates(RepromptConfig(), task.templates)
-    shown = reprompt.show_answers(policy, questions, rollouts, outcomes, config)
+    shown = reprompt.answer_prompts(policy, questions, rollouts, outcomes, config)
 
     def text(tokens, mask):
         return task.tokenizer.decode(tokens[mask]).replace(" ", "")
 
     plain = [question.messages[-1]["content"] for question in questions]
     for row in range(4):
-        right = text(shown.prompts[row], shown.prompt_mask[row])
+        right = text(shown.right[row], shown.right_mask[row])
         assert right == f"{plain[row // 2]}#{questions[row // 2].answer}="
-        wrong = text(shown.wrong_prompts[row], shown.wrong_prompt_mask[row])
+        wrong = text(shown.wrong[row], shown.wrong_mask[row])
         assert wrong == (f"{plain[0]}#222222=" if row < 2 else f"{plain[1]}=")
     assert shown.has_wrong.tolist() == [True, True, False, False]
 

@@ -147,8 +147,12 @@ def test_the_batch_is_the_worst_that_the_limits_allow(path):
     setup = setup_on(path, 8)
     assert (setup.rows, setup.prompt, setup.teacher_prompt, setup.response) == (16, 8, 16, 24)
     batch = programs.abstract_batch(setup)
-    assert batch.teacher_prompts.shape == (16, 16)
-    assert batch.sampler_log_probs.sharding.shard_shape((16, 24)) == (4, 24)
+    parts, each = batch.lengths.shape
+    assert parts * each == 16
+    assert batch.views["teacher"].tokens.shape == (parts, each, 16 + 24)
+    tokens = batch.sampler_log_probs
+    assert tokens.shape == (parts, each * 24)
+    assert tokens.sharding.shard_shape(tokens.shape) == (parts // 4, each * 24)
 
 
 @pytest.mark.slow
