@@ -4,9 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-import jax
-
-from pgpo_jax import sharding
+from pgpo_jax import keys, sharding
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.config import from_command_line
 from pgpo_jax.errors import command
@@ -22,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     if not config.evaluation.untrained:
         with Checkpoints(checkpoint_folder(config), read_only=True) as checkpoints:
             step, params = checkpoints.restore_student(params)
-    key = jax.random.split(jax.random.key(config.seed))[1]  # the run's own evaluation key
+    key = keys.key(config.seed, keys.Stream.EVALUATION)  # the run's own evaluation key
     threshold = config.reprompt.threshold
     metrics, _ = evaluate(run.policy, params, run.task, key, config.evaluation, threshold)
     if sharding.is_main():

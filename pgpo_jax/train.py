@@ -14,12 +14,13 @@ import jax
 import numpy as np
 
 from pgpo_jax import config as config_module
-from pgpo_jax import data, fused, methods, sharding
+from pgpo_jax import data, fused, keys, methods, sharding
 from pgpo_jax.config import Config
 from pgpo_jax.data import Batch, Rollouts, TeacherPrompts
 from pgpo_jax.data.batch import to_rows
 from pgpo_jax.errors import command
 from pgpo_jax.evaluation import held_out, verify
+from pgpo_jax.keys import Stream
 from pgpo_jax.logs import read_multipliers
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
 from pgpo_jax.reprompt import answer_prompts, reprompt
@@ -49,20 +50,20 @@ __all__ = ["STOPPED", "main", "train"]
 def train(config: Config) -> int:
     """Runs, or resumes, a run; returns the exit code."""
     run = _prepare(config)
-    step_key, evaluation_key = jax.random.split(jax.random.key(config.seed))
+    evaluation_key = keys.key(config.seed, Stream.EVALUATION)
     with hold_folder(run.config) as changes, Session(run, evaluation_key) as session:
         run, state = _begin(run, session, changes)
         train_step = _build(run, state)
         while session.goes_on(state):  # evaluates, saves, and ends after the last update
             step, clock = int(state.step), Clock()
             questions = _questions(run, step)
-            key = jax.random.fold_in(step_key, step)
+            key = keys.key(config.seed, Stream.ROLLOUT, step)
             names = [question.key for question in questions]
             asked = [question.messages for question in questions]
             rollouts = rollout(run.policy, state.student, asked, key, names=names)
             clock.lap("rollout")
             outcomes = verify(run.task, questions, rollouts.texts)
-            rng = np.random.default_rng([config.seed, step])
+            rng = keys.generator(config.seed, Stream.REPROMPT, step)
             shown = reprompt(run.policy, questions, rollouts, outcomes, rng, run.reprompt)
             batch = _make_batch(run, questions, rollouts, outcomes, shown)
             clock.lap("reprompt")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pgpo_jax import data, hf, sharding
+from pgpo_jax import data, hf, keys, sharding
 from pgpo_jax.errors import InputError, require
 from pgpo_jax.models import merge
 from pgpo_jax.optimizer import init_state
@@ -100,7 +100,7 @@ def warm_start(
 
     opt_state = init_state(optimizer, params)
     for index in range(config.steps):
-        rng = np.random.default_rng([seed, index])
+        rng = keys.generator(seed, keys.Stream.WARM_START, index)
         rows = _encode(policy, task.examples(rng, config.examples_per_step), reprompt)
         rows = sharding.to_global(rows, policy.mesh)
         params, opt_state, loss = step(params, opt_state, rows)

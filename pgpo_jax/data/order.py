@@ -7,6 +7,7 @@ import functools
 import numpy as np
 from jaxtyping import Int
 
+from pgpo_jax import keys
 from pgpo_jax.errors import InputError
 
 Host = np.ndarray
@@ -14,7 +15,7 @@ Host = np.ndarray
 
 @functools.lru_cache(maxsize=2)  # a step needs one epoch's order; the next epoch's replaces it
 def _epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(total)
+    return keys.generator(seed, keys.Stream.ORDER, epoch).permutation(total)
 
 
 def batch_indices(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from pgpo_jax import hf, sharding, tasks
+from pgpo_jax import hf, keys, sharding, tasks
 from pgpo_jax.config import Config, load
 from pgpo_jax.data import CLOCK
 from pgpo_jax.errors import InputError
@@ -54,7 +54,7 @@ def load_run(config: Config, mesh: Mesh | None = None) -> Run:
     """
     mesh = mesh or join(config)
     task = tasks.load(config.task)
-    key = jax.random.key(config.seed)
+    key = keys.key(config.seed, keys.Stream.PARAMETERS)
     model = hf.from_section(config.model, mesh, key)
     tokenizer = model.tokenizer or task.tokenizer
     if tokenizer is None:
