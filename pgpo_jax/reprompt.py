@@ -27,6 +27,16 @@ TEMPLATES: Mapping[str, str] = {
 }
 """The published templates; a task or the config replaces single ones."""
 
+THINKING: Mapping[str, str] = {
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<reasoning>": "</reasoning>",
+    "<seed:think>": "</seed:think>",
+    "[THINK]": "[/THINK]",
+}
+"""The marks around a model's reasoning."""
+
 Build = Callable[[str | None, str], str]
 
 FIELDS = {
@@ -53,7 +63,8 @@ class RepromptConfig:
     """When the verifier's feedback on the response itself is shown."""
 
     remove_thinking: bool = True
-    """Remove `<think>...</think>` blocks from demonstrations (an unclosed one stays)."""
+    """Remove the reasoning from demonstrations: `<think>...</think>` (an unclosed block stays), and
+    what the model's own marks enclose, as `[THINK]`, if the chat template or tokenizer has them."""
 
     max_length: int = 10240
     """Longest teacher prompt in tokens; demonstrations get shorter to fit, and are counted."""
@@ -124,24 +135,26 @@ def fill(template: str, **values: str) -> str:
     return re.sub(rf"\{{({pattern})\}}", lambda match: values[match[1]], template)
 
 
-def remove_thinking(text: str, opened: bool = False) -> str:
-    """Removes every closed `<think>...</think>` block and the white space after it.
+def remove_thinking(text: str, opened: bool = False, mark: str = "<think>") -> str:
+    """Removes every closed block of reasoning and the white space after it.
 
     Args:
         text: a response.
         opened: whether the prompt before it ends within a block, as chat templates of thinking
             models make it.
+        mark: what opens a block, of `THINKING`.
     """
+    closing = THINKING[mark]
     kept, start = [], 0
-    if opened and "</think>" in text:
-        text = text.partition("</think>")[2].lstrip()
+    if opened and closing in text:
+        text = text.partition(closing)[2].lstrip()
     # Not a lazy regular expression: many unclosed blocks would make it quadratic.
-    while (opening := text.find("<think>", start)) >= 0:
-        closing = text.find("</think>", opening)
-        if closing < 0:
+    while (begin := text.find(mark, start)) >= 0:
+        end = text.find(closing, begin)
+        if end < 0:
             break
-        kept.append(text[start:opening])
-        start = closing + len("</think>")
+        kept.append(text[start:begin])
+        start = end + len(closing)
         while start < len(text) and text[start].isspace():
             start += 1
     return "".join(kept) + text[start:]
@@ -274,7 +287,7 @@ def reprompt(
         prompts=tokens,
         prompt_mask=mask,
         has_context=has_context,
-        texts=[prompts[row].text for row in shown],
+        texts=[data.unmarked(prompts[row].text) for row in shown],
         shortened=sum(prompts[row].shortened for row in shown),
     )
 
@@ -293,11 +306,34 @@ class _Prompt(NamedTuple):
     shortened: bool = False
 
 
-def _opens_thinking(policy: Policy, question: Question) -> bool:
-    """Whether the chat template opens the thinking of a response itself."""
+def opens_thinking(policy: Policy, question: Question) -> str | None:
+    """The mark of `THINKING` with which the chat template opens a response itself; else None."""
     options = policy.prompts.template_options
-    prompt = data.render(policy.tokenizer, question.messages, options)
-    return prompt.rstrip().endswith("<think>")
+    prompt = data.render(policy.tokenizer, question.messages, options).rstrip()
+    return next((mark for mark in THINKING if prompt.endswith(mark)), None)
+
+
+def as_demonstration(policy: Policy, question: Question, response: str) -> str:
+    """A response without its reasoning.
+
+    Other marks than `<think>` are a model's own if its chat template opens a response with them or
+    they are tokens; elsewhere they may be what the task asked for, and stay.
+    """
+    for mark, closing in THINKING.items():
+        if closing in response:
+            opened = opens_thinking(policy, question) == mark
+            tokens = policy.tokenizer.get_added_vocab()
+            if opened or mark == "<think>" or (mark in tokens and closing in tokens):
+                response = remove_thinking(response, opened, mark)
+    return response
+
+
+def teacher_prompt(
+    policy: Policy, question: Question, demonstration: str, config: RepromptConfig
+) -> str:
+    """The text of the prompt in which the teacher of a question is shown a demonstration."""
+    build = _builder(policy, question, resolve_templates(config))
+    return data.unmarked(build(demonstration, ""))
 
 
 def _what_is_shown(
@@ -317,10 +353,7 @@ def _what_is_shown(
             pair = chosen[question][sample]
             demonstration = None if pair is None else rollouts.texts[pair[0]][pair[1]]
             if demonstration is not None and config.remove_thinking:
-                opened = "</think>" in demonstration and _opens_thinking(
-                    policy, questions[question]
-                )
-                demonstration = remove_thinking(demonstration, opened)
+                demonstration = as_demonstration(policy, questions[question], demonstration)
             wanted = config.use_feedback == "always" or (
                 config.use_feedback == "without_demonstration" and demonstration is None
             )
@@ -355,11 +388,18 @@ def _build_prompts(
 
 
 def _builder(policy: Policy, question: Question, templates: Mapping[str, str]) -> Build:
-    """(demonstration, feedback) -> the text of the teacher's prompt."""
+    """(demonstration, feedback) -> the text of the teacher's prompt.
+
+    What a model or a verifier wrote holds no control tokens, whatever it says: `data.letters`.
+    """
+    tokenizer = policy.tokenizer
 
     def build(demonstration: str | None, feedback: str) -> str:
+        if demonstration is not None:
+            demonstration = data.letters(tokenizer, demonstration)
+        feedback = data.letters(tokenizer, feedback)
         messages = teacher_messages(question.messages, demonstration, feedback, templates)
-        return data.render(policy.tokenizer, messages, policy.prompts.template_options)
+        return data.render(tokenizer, messages, policy.prompts.template_options)
 
     return build
 

@@ -17,9 +17,13 @@ from pgpo_jax.data.tokens import (
     bucket,
     encode,
     left_pad,
+    letters,
+    names_special_tokens,
+    opening,
     render,
     right_pad,
     tokenize,
+    unmarked,
 )
 
 __all__ = [
@@ -36,10 +40,14 @@ __all__ = [
     "bucket",
     "encode",
     "left_pad",
+    "letters",
     "make_examples",
+    "names_special_tokens",
+    "opening",
     "pack",
     "packing",
     "render",
     "right_pad",
     "tokenize",
+    "unmarked",
 ]

@@ -7,6 +7,7 @@ step compiles for a handful of shapes and no more.
 from __future__ import annotations
 
 import datetime
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from pgpo_jax.errors import InputError
 Host = np.ndarray
 CLOCK = "strftime_now"
 """The chat templates' clock: as an option it is a date, at which the clock stands."""
+_CUT = "\udfff"
+"""Where a text is cut before it is tokenized: half of a surrogate pair is no character, so no text
+has it of its own."""
 
 
 def bucket(length: int, maximum: int, least: int = 16) -> int:
@@ -44,11 +48,14 @@ def render(
     tokenizer: Any,
     messages: Sequence[Mapping[str, str]],
     template_options: Mapping[str, Any] | None = None,
+    *,
+    generation_prompt: bool = True,
 ) -> str:
     """The prompt text of one conversation, up to where the response begins.
 
-    With a chat template: the template and its generation prompt. Without one, a conversation of
-    one user message is its plain text (a base model completes it); anything else has no meaning.
+    With a chat template: the template and its generation prompt (left out on request). Without one,
+    a conversation of one user message is its plain text (a base model completes it); anything else
+    has no meaning.
 
     Raises:
         InputError: a conversation that the tokenizer's chat template refuses, or several messages
@@ -57,12 +64,13 @@ def render(
     if getattr(tokenizer, "chat_template", None):
         options = dict(template_options or {})
         if CLOCK in options:
-            options["chat_template"] = _stop_clock(tokenizer, options.pop(CLOCK))
+            template = _template(tokenizer, options.get("chat_template"))
+            options["chat_template"] = _stop_clock(template, str(options.pop(CLOCK)))
         try:
             text = tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=generation_prompt,
                 **options,
             )
         except ImportError:
@@ -87,38 +95,43 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
     A chat template writes its special tokens itself. Without one the tokenizer's opening tokens
     stand before the text (unless it begins with them); its closing ones, such as an end token,
-    never stand after it: a response begins there.
+    never stand after it: a response begins there. What `letters` marked is read as letters.
     """
     if not texts:
         return []
-    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    opening = [] if getattr(tokenizer, "chat_template", None) else _opening(tokenizer)
-    return [
-        [*([] if list(row[: len(opening)]) == opening else opening), *row] if opening else list(row)
-        for row in rows
-    ]
+    parts = [text.split(_CUT) for text in texts]
+    pieces = iter(
+        tokenizer([piece for part in parts for piece in part], add_special_tokens=False)[
+            "input_ids"
+        ]
+    )
+    rows = [[token for _ in part for token in next(pieces)] for part in parts]
+    before = [] if getattr(tokenizer, "chat_template", None) else opening(tokenizer)
+    return [row if not before or row[: len(before)] == before else [*before, *row] for row in rows]
 
 
-def _stop_clock(tokenizer: Any, date: Any) -> str:
-    """The chat template with the date in the place of every look at the clock."""
-    try:
-        day = datetime.date.fromisoformat(str(date))
-    except ValueError as error:
-        raise InputError(
-            f"data.template_options: got {CLOCK} {date!r}; must be a date, as 2026-01-31"
-        ) from error
-    # The renderer takes no functions from its caller, so the template itself is changed.
-    call = re.compile(rf"{CLOCK}\(\s*(['\"])(.*?)\1\s*\)")
-    template = call.sub(lambda found: repr(day.strftime(found[2])), tokenizer.get_chat_template())
-    if f"{CLOCK}(" in template:
-        raise InputError(
-            "model.path: the chat template reads the clock in a form that cannot be stopped at a "
-            "date, so a resumed run would ask other prompts; state the date in the template"
-        )
-    return template
+def letters(tokenizer: Any, text: str) -> str:
+    """`text`, marked so that `tokenize` reads the names of special tokens in it as letters.
+
+    What a model or a verifier wrote is not the template's: with `<|im_end|>` in it, it would end
+    its turn and begin another one. Such a name is cut in two, so that neither part is the token.
+    """
+    names = _special_names(tokenizer)
+    return names.sub(rf"\1{_CUT}", text) if names else text
 
 
-def _opening(tokenizer: Any) -> list[int]:
+def unmarked(text: str) -> str:
+    """`text` without the marks of `letters`, for people."""
+    return text.replace(_CUT, "")
+
+
+def names_special_tokens(tokenizer: Any, text: str) -> bool:
+    """Whether the name of a special token stands in `text`."""
+    names = _special_names(tokenizer)
+    return bool(names and names.search(text))
+
+
+def opening(tokenizer: Any) -> list[int]:
     """The special tokens that a tokenizer writes before a text."""
     bare = tokenizer("x", add_special_tokens=False)["input_ids"]
     whole = tokenizer("x")["input_ids"]
@@ -126,6 +139,44 @@ def _opening(tokenizer: Any) -> list[int]:
         if whole[start : start + len(bare)] == bare:
             return list(whole[:start])
     return []  # it adds none that can be told from the text
+
+
+def _special_names(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds the first character of every special token's name; of one alone nothing can be cut."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    names = sorted({str(token) for token in tokens if token.special and len(str(token)) > 1})
+    if not names:
+        return None
+    return re.compile(rf"(?=(?:{'|'.join(map(re.escape, names))}))(.)", re.DOTALL)
+
+
+def _template(tokenizer: Any, name: str | None) -> str:
+    """The chat template; `name` chooses one of several, or is one."""
+    try:
+        return tokenizer.get_chat_template(name)
+    except ValueError as error:
+        raise InputError(f"model.path: got no chat template: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _stop_clock(template: str, date: str) -> str:
+    """The chat template with the date in the place of every look at the clock."""
+    try:
+        day = datetime.date.fromisoformat(date)
+    except ValueError as error:
+        raise InputError(
+            f"data.template_options: got {CLOCK} {date!r}; must be a date, as 2026-01-31"
+        ) from error
+    # The renderer takes no functions from its caller, so the template itself is changed.
+    call = re.compile(rf"\b{CLOCK}\s*\(\s*(['\"])(.*?)\1\s*\)")
+    template = call.sub(lambda found: repr(day.strftime(found[2])), template)
+    asked = re.compile(rf"\{{#.*?#\}}|\b{CLOCK}\s+is\s+(not\s+)?defined\b", re.DOTALL)
+    if re.search(rf"\b{CLOCK}\b", asked.sub("", template)):
+        raise InputError(
+            "model.path: the chat template reads the clock in a form that cannot be stopped at a "
+            "date, so a resumed run would ask other prompts; state the date in the template"
+        )
+    return template
 
 
 def encode(

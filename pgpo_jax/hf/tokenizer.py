@@ -68,6 +68,8 @@ def turn_end(tokenizer: Any) -> int | None:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # templates raise whatever jinja or their author chose
         return None
+    if mark not in text:  # a template that writes none of its answers
+        return None
     after = text.rpartition(mark)[2].lstrip()
     tokens = tokenizer(after, add_special_tokens=False)["input_ids"]
     return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None

@@ -83,7 +83,7 @@ def rollout(
     responses, mask, log_probs = (
         part[:, :, :time] for part in (samples.tokens, samples.mask, samples.log_probs)
     )
-    texts = _texts(policy.tokenizer, responses, mask)
+    texts = _texts(policy.tokenizer, responses, mask, policy.sampling.end_tokens)
     return Rollouts(*data.left_pad(prompts, width), responses, mask, log_probs, texts)
 
 
@@ -111,15 +111,23 @@ def _sample(
     return jax.tree.map(lambda own: own[: len(prompts)], sharding.to_host(samples))
 
 
-def _texts(tokenizer: Any, responses: np.ndarray, mask: np.ndarray) -> list[list[str]]:
+def _texts(
+    tokenizer: Any, responses: np.ndarray, mask: np.ndarray, ends: Sequence[int] = ()
+) -> list[list[str]]:
+    """What was drawn, as text, without the tokens that only bound it.
+
+    Those are the end tokens and the tokenizer's bos, eos and pad. Every other special token that
+    the model drew, such as a tool call's, is seen by the verifier and in a demonstration.
+    """
+    bounds = {*ends, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     rows = [
-        row[keep].tolist()
+        [token for token in row[keep].tolist() if token not in bounds]
         for group, kept in zip(responses, mask, strict=True)
         for row, keep in zip(group, kept, strict=True)
     ]
     # Exactly what was drawn, whatever the tokenizer's settings say of spaces before punctuation.
     texts = tokenizer.batch_decode(
-        rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        rows, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     samples = responses.shape[1]
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]

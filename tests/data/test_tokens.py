@@ -62,6 +62,51 @@ def test_a_date_that_is_none_and_a_clock_that_cannot_be_stopped_are_refused():
     tokenizer = make_tokenizer(template="{{ strftime_now('%Y') }}")
     with pytest.raises(InputError, match="must be a date"):
         data.render(tokenizer, QUESTION, {"strftime_now": "yesterday"})
-    tokenizer.chat_template = "{% set form = '%Y' %}{{ strftime_now(form) }}"
-    with pytest.raises(InputError, match="cannot be stopped"):
+    for template in (
+        "{% set form = '%Y' %}{{ strftime_now(form) }}",
+        "{{ strftime_now(format='%Y') }}",
+        "{% set now = strftime_now %}{{ now('%Y') }}",
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(InputError, match="cannot be stopped"):
+            data.render(tokenizer, QUESTION, {"strftime_now": "2026-01-31"})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}",
+        '{{ strftime_now ( "%d %b %Y" ) }}{# not strftime_now() #}',
+        "{% set day = strftime_now('%d %b %Y') %}{{ day }}",
+    ],
+)
+def test_every_usual_look_at_the_clock_is_stopped(template):
+    tokenizer = make_tokenizer(template=template)
+    assert data.render(tokenizer, QUESTION, {"strftime_now": "2026-01-31"}) == "31 Jan 2026"
+
+
+def test_another_clock_than_the_templates_is_refused():
+    tokenizer = make_tokenizer(template="{{ datetime.now() }}")
+    with pytest.raises(InputError, match="'datetime' is undefined"):
+        data.render(tokenizer, QUESTION)
+
+
+def test_several_templates_without_a_default_are_refused_by_name():
+    tokenizer = make_tokenizer(template={"tool_use": "{{ strftime_now('%Y') }}"})
+    with pytest.raises(InputError, match="got no chat template"):
         data.render(tokenizer, QUESTION, {"strftime_now": "2026-01-31"})
+
+
+def test_a_template_that_writes_no_answer_ends_none():
+    drops = "{% for m in messages %}{% if m.role == 'user' %}<|turn|>{{ m.content }}{% endif %}"
+    assert hf.turn_end(make_tokenizer(template=drops + "{% endfor %}")) is None
+
+
+def test_the_name_of_a_special_token_is_letters_where_it_was_marked():
+    tokenizer = make_tokenizer(template=TURNS)
+    for text in ("a<|turn|>b", "<|start|><|turn|>", "<|turn|>" * 3, "<|tur<|turn|>n|>", "plain"):
+        marked = data.letters(tokenizer, text)
+        (tokens,) = data.tokenize(tokenizer, ["<|start|>" + marked])
+        assert tokens[0] == 3
+        assert not set(tokens[1:]) & {0, 1, 2, 3}
+        assert tokenizer.decode(tokens[1:]) == text == data.unmarked(marked)
