@@ -108,6 +108,7 @@ def check_questions(
         template_options=data_config.template_options,
         names=[question.key for question in found],
     )
+    _check_repeats(found[0], tokenizer, data_config)
     _, longest = max(zip(map(len, prompts), range(len(found)), strict=True))
     templates = resolve_templates(reprompt)
     data.encode(
@@ -118,3 +119,15 @@ def check_questions(
         names=[found[longest].key],
         field="reprompt.max_length",
     )
+
+
+def _check_repeats(question: Question, tokenizer: Any, data_config: DataConfig) -> None:
+    """A chat template must write the same prompt again, or a resumed run would ask another one."""
+    once, again = (
+        data.render(tokenizer, question.messages, data_config.template_options) for _ in range(2)
+    )
+    if once != again:
+        raise InputError(
+            f"model.path: the chat template writes question {question.key!r} in two ways; must "
+            "give the same prompt each time, so take what is random out of it"
+        )

@@ -14,6 +14,7 @@ from pgpo_jax.logs import End, Watch, Writer
 from pgpo_jax.run import reactions
 from pgpo_jax.run.compilations import count_compilations
 from pgpo_jax.run.evaluation import evaluate_run
+from pgpo_jax.run.preview import preview
 from pgpo_jax.run.setup import Run, checkpoint_folder, describe
 from pgpo_jax.run.signals import stop_on_signals
 from pgpo_jax.state import TrainState
@@ -78,8 +79,11 @@ class Session:
         # Not before: what is written since the checkpoint is dropped.
         self.writer = self._stack.enter_context(self._open_writer(saved.get("files")))
         self.writer.say(describe(self._run))
-        for note in self._run.task.notes:
-            self.writer.say(note)
+        lines, warnings = preview(self._run)
+        for line in [*self._run.task.notes, *lines]:
+            self.writer.say(line)
+        for warning in warnings:
+            self.writer.warn(warning)
         if state is not None:
             folder = checkpoint_folder(self._config)
             self.writer.say(f"resumed at step {self._resumed} from {folder}{changes}")

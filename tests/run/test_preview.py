@@ -1,0 +1,151 @@
+"""What a run says of its texts before it begins: prompt, ends, demonstration, and what is odd."""
+
+import json
+
+import jax
+import pytest
+from refusal import ARCHITECTURE
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from pgpo_jax import config as config_module
+from pgpo_jax import hf
+from pgpo_jax.errors import InputError
+from pgpo_jax.fields import dump_yaml
+from pgpo_jax.run import load_run
+from pgpo_jax.run.preview import clip, preview
+
+SPECIAL = ("<bos>", "<eos>", "<|turn|>", "<|start|>")
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+ANSWER = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+ONE = "<|start|>{{ m['role'] }}\n{{ m['content'] }}<|turn|>\n"
+CHAT = "{% for m in messages %}" + ONE + "{% endfor %}" + ANSWER
+
+
+def make_tokenizer(template=CHAT, around="$A", vocabulary=None):
+    vocabulary = vocabulary or {text: i for i, text in enumerate([*SPECIAL, *ALPHABET])}
+    raw = Tokenizer(models.BPE(vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.post_processor = processors.TemplateProcessing(
+        single=around, special_tokens=[(name, vocabulary[name]) for name in ("<bos>", "<eos>")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<|turn|>", "<|start|>"],
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """`loaded(tokenizer, questions, **sections)`: a run of a tiny model with this tokenizer."""
+
+    def load(tokenizer, questions=("1+1=?", "2+2=?"), **sections):
+        rows = [{"prompt": text, "answer": "4"} for text in questions]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        size = max(tokenizer.get_vocab().values()) + 5
+        section = hf.ModelSection(architecture={**ARCHITECTURE, "vocab_size": size})
+        graphdef, params, *_ = hf.from_section(section, None, jax.random.key(0))
+        hf.save(tmp_path / "model", graphdef, params, tokenizer)
+        task = {"name": "dataset", "path": str(tmp_path / "rows.jsonl"), "verifier": "exact"}
+        config = {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"path": str(tmp_path / "model")},
+            "task": {**task, "test_fraction": 0.0},
+            "evaluation": {"every": 0},
+            "mesh": {"data": 1},
+            "sampling": {"max_response_length": 8},
+            "reprompt": {"max_length": 400},
+            "data": {"max_prompt_length": 200},
+        }
+        for name, fields in sections.items():
+            config[name] = {**config[name], **fields}
+        (tmp_path / "config.yaml").write_text(dump_yaml(config))
+        return load_run(config_module.load(str(tmp_path / "config.yaml")))
+
+    return load
+
+
+def test_prompt_ends_and_demonstration_are_shown_as_the_model_has_them(loaded):
+    lines, warnings = preview(loaded(make_tokenizer(), ("A question?",)))
+    (prompt, ends, shown), _ = lines, warnings
+    assert "'<|start|>user\\nA question?<|turn|>\\n<|start|>assistant\\n'" in prompt
+    assert ", 30 tokens: " in prompt
+    assert "'<eos>' (token 1) or '<|turn|>' (token 2, which ends a turn" in ends
+    assert "'\\nCorrect solution:\\n\\n<answer>\\n4\\n</answer>" in shown
+    assert shown.endswith("question.<|turn|>\\n<|start|>assistant\\n'")
+    assert warnings == []
+
+
+def test_a_long_text_is_shown_without_its_middle():
+    text = clip("a" * 500 + "b" * 700)
+    assert text == f"{'a' * 300!r} ... 600 characters left out ... {'b' * 300!r}"
+    assert clip("short\n") == "'short\\n'"
+
+
+SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1=?"}]
+USERS = "{% for m in messages %}{% if m['role'] == 'user' %}" + ONE + "{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "questions", "said"),
+    [
+        (CHAT.replace(ANSWER, ""), ["1+1=?"], "has no generation prompt: a response begins right"),
+        (USERS + ANSWER, [SYSTEM], "leaves out or alters the system message of question 'train"),
+        ("<bos><bos>" + CHAT, ["1+1=?"], "the prompt begins with '<bos>' twice"),
+        (CHAT, ["1+1=?"], "the tokenizer writes '<bos>' before a text, the chat template does not"),
+        ("<bos>" + CHAT + "<eos>", ["1+1=?"], "the prompt ends with the end token '<eos>'"),
+        (CHAT[:-11] + "<inner>{% endif %}", ["1+1=?"], "with '<inner>', which is not known"),
+        (CHAT, ["1<|turn|>1", "2"], "1 of 2 questions hold the name of a special token"),
+    ],
+)
+def test_what_a_user_may_not_have_meant_is_said(loaded, template, questions, said):
+    _, warnings = preview(loaded(make_tokenizer(template, "<bos> $A"), questions))
+    assert any(said in warning for warning in warnings), warnings
+
+
+def test_a_template_that_writes_the_opening_token_gives_it_once(loaded):
+    lines, warnings = preview(loaded(make_tokenizer("<bos>" + CHAT, "<bos> $A")))
+    assert "'<bos><|start|>user" in lines[0]
+    assert warnings == []
+
+
+def test_without_a_chat_template_a_prompt_is_plain_text_and_that_is_said(loaded):
+    lines, warnings = preview(loaded(make_tokenizer(None, "<bos> $A <eos>")))
+    assert "'<bos>1+1=?'" in lines[0]
+    assert lines[-1] == "no chat template: a prompt is the question's plain text"
+    assert warnings == []
+    with pytest.raises(InputError, match="has no chat template, but the prompt is a conversation"):
+        loaded(make_tokenizer(None), [SYSTEM])
+
+
+def test_a_template_that_refuses_a_system_message_is_named(loaded):
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    with pytest.raises(InputError, match="the chat template refuses the conversation"):
+        loaded(make_tokenizer(refuses + CHAT), [SYSTEM])
+
+
+def test_a_template_that_is_not_the_same_twice_is_refused(loaded):
+    random = "{{ range(99999) | random }}" * 4
+    with pytest.raises(InputError, match=r"the chat template writes question .* in two ways"):
+        loaded(make_tokenizer(random + CHAT))
+
+
+def test_end_tokens_without_the_turns_end_are_said(loaded):
+    _, warnings = preview(loaded(make_tokenizer(), sampling={"end_tokens": [1]}))
+    assert "sampling.end_tokens lacks '<|turn|>' (token 2)" in warnings[0]
+
+
+def test_a_run_keeps_the_date_of_its_first_day(loaded, tmp_path):
+    template = "{{ strftime_now('%d %b %Y') }}\n" + CHAT
+    first = loaded(make_tokenizer(template)).config.data.template_options
+    assert set(first) == {"strftime_now"}
+    (tmp_path / "run").mkdir()
+    begun = {"data": {"template_options": {"strftime_now": "2020-01-31"}}}
+    (tmp_path / "run" / "config.yaml").write_text(dump_yaml(begun))
+    run = loaded(make_tokenizer(template))
+    assert "31 Jan 2020" in preview(run).lines[0]
