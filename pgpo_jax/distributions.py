@@ -6,8 +6,11 @@ logit of `NEVER` or of minus infinity on both sides; it then has probability zer
 exactly nothing, in value and gradient.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 NEVER = -1e30
@@ -15,11 +18,32 @@ NEVER = -1e30
 give NaN."""
 
 
-def mask_padding(logits: Float[Array, "*batch vocab"], vocab_size: int | None) -> Array:
-    """Sets the logits of padded vocabulary rows (index `vocab_size` and above) to `NEVER`."""
-    if vocab_size is None or vocab_size >= logits.shape[-1]:
+class Vocabulary(NamedTuple):
+    """Which rows of a vocabulary are tokens."""
+
+    size: int | None
+    """Rows from this one on are padding (None: none are)."""
+    unknown: tuple[int, ...] = ()
+    """Rows before it that are no tokens."""
+
+    def is_padding(self, rows: int) -> np.ndarray:
+        """Whether each of `rows` is no token, bool."""
+        padding = np.arange(rows) >= (rows if self.size is None else self.size)
+        padding[[row for row in self.unknown if row < rows]] = True
+        return padding
+
+
+def mask_padding(
+    logits: Float[Array, "*batch vocab"], vocab_size: int | Vocabulary | None
+) -> Array:
+    """Sets the logits of rows that are no tokens to `NEVER`: those from `vocab_size` on, or as a
+    `Vocabulary` says."""
+    if isinstance(vocab_size, Vocabulary):
+        padded = vocab_size.is_padding(logits.shape[-1])
+    elif vocab_size is None or vocab_size >= logits.shape[-1]:
         return logits
-    padded = jnp.arange(logits.shape[-1]) >= vocab_size
+    else:
+        padded = jnp.arange(logits.shape[-1]) >= vocab_size
     return jnp.where(padded, jnp.asarray(NEVER, logits.dtype), logits)
 
 

@@ -78,8 +78,9 @@ class Options:
     """Divergence, top k, temperature, importance cap, and tokens per chunk."""
     estimators: tuple[information.Estimator, ...] = ()
     """Information estimates wanted beside `config.estimator`."""
-    vocab_size: int | None = None
-    """Rows of the heads from this one on are padding: probability 0, gradient 0."""
+    vocab_size: int | distributions.Vocabulary | None = None
+    """Rows of the heads from this one on, or as it says, are no tokens: probability and gradient 0.
+    """
     mesh: Mesh | None = None
     """Where the arrays live: tokens split over `data` and `fsdp`, the vocabulary over `tensor`.
     Every device then walks over its own tokens, and the head's gradient is summed over devices

@@ -127,7 +127,7 @@ def _build(run: Run, state: TrainState) -> Callable[..., Any]:
     return make_train_step(
         run.policy.graphdef,
         optimizer,
-        fused.Options(config.distillation, estimators, run.policy.sampling.vocab_size),
+        fused.Options(config.distillation, estimators, run.policy.sampling.vocabulary()),
         train_state_shardings(state.student, optimizer, state.teacher),
         objective=methods.make_objective(config.objective),
         teacher_config=config.teacher,

@@ -187,7 +187,7 @@ def lower_train_step(setup: Setup, alpha: float | None = None) -> jax.stages.Low
         _graphdef(setup),
         optimizer,
         fused.Options(
-            config.distillation, tuple(config.metrics.estimators), config.sampling.vocab_size
+            config.distillation, tuple(config.metrics.estimators), config.sampling.vocabulary()
         ),
         train_state_shardings(params, optimizer),
         objective=methods.make_objective(config.objective),

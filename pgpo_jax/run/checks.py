@@ -56,6 +56,11 @@ def check_vocabulary(model: ModelConfig, tokenizer: Any, sampling: SamplingConfi
             f"sampling.vocab_size: got {sampling.vocab_size}; must be at most the model's "
             f"{model.vocab_size}"
         )
+    if max(sampling.unknown_tokens, default=0) >= model.vocab_size:
+        raise InputError(
+            f"sampling.unknown_tokens: got {max(sampling.unknown_tokens)}; must be tokens of the "
+            f"model, 0 to {model.vocab_size - 1}"
+        )
     if not sampling.end_tokens:
         raise InputError(
             "sampling.end_tokens: got none, nor does the checkpoint or the tokenizer state any; "
@@ -65,6 +70,12 @@ def check_vocabulary(model: ModelConfig, tokenizer: Any, sampling: SamplingConfi
         raise InputError(
             f"sampling.end_tokens: got {list(sampling.end_tokens)}; must be tokens of the model, "
             f"0 to {model.vocab_size - 1}"
+        )
+    ends, known = {*sampling.end_tokens}, {*tokenizer.get_vocab().values()}
+    if unknown := sorted((ends - known) | (ends & {*sampling.unknown_tokens})):
+        raise InputError(
+            f"sampling.end_tokens: got {unknown}, which the tokenizer does not have, so no "
+            "response draws them; must be tokens of the tokenizer"
         )
 
 

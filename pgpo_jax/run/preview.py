@@ -34,6 +34,8 @@ def preview(run: Run) -> Preview:
         f"a response ends with {_ends(run)}",
         f"its teacher's prompt goes on with {clip(_demonstration(run, question, prompt))}",
     ]
+    if gaps := len(policy.sampling.unknown_tokens):
+        lines.append(f"{gaps:,} ids between the tokenizer's are no tokens and never drawn")
     questions = _some_questions(run)
     if getattr(tokenizer, "chat_template", None):
         notes, warnings = _about_template(run, question, prompt)

@@ -95,18 +95,19 @@ def _with_date(config: Config, tokenizer: Any) -> Config:
 
 def _complete(config: Config, tokenizer: Any) -> SamplingConfig:
     """The sampling section with the model's end tokens and vocabulary."""
-    sampling = config.sampling
+    sampling, known = config.sampling, set(tokenizer.get_vocab().values())
     if not sampling.end_tokens:
         ends = {*hf.end_tokens(config.model.path, tokenizer)}
         if (turn_end := hf.turn_end(tokenizer)) is not None:
             ends.add(turn_end)
+        ends = ends & known or ends  # a config.json may name tokens of another tokenizer too
         sampling = dataclasses.replace(sampling, end_tokens=tuple(sorted(ends)))
+    largest = max(known, default=0)  # ids may have gaps: not its length
     if sampling.vocab_size is None:  # rows beyond the tokenizer's are padding
-        largest = max(
-            tokenizer.get_vocab().values(), default=0
-        )  # ids may have gaps: not its length
         sampling = dataclasses.replace(sampling, vocab_size=largest + 1)
-    return sampling
+    gaps = {*range(min(largest, sampling.vocab_size))} - known
+    unknown = tuple(sorted({*sampling.unknown_tokens} | gaps))
+    return dataclasses.replace(sampling, unknown_tokens=unknown)
 
 
 def _with_teacher(run: Run, vocab_size: int) -> Run:

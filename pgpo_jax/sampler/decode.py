@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from pgpo_jax import sharding
+from pgpo_jax.distributions import Vocabulary
 from pgpo_jax.models import ModelConfig, Options, make_graphdef, merge
 
 
@@ -32,6 +33,7 @@ class Rule(NamedTuple):
     top_p: float = 1.0
     top_k: int | None = None
     vocab_size: int | None = None
+    unknown_tokens: tuple[int, ...] = ()
     end_tokens: tuple[int, ...] = ()
     chunk: int = 64
     cache_dtype: str | None = None
@@ -46,7 +48,10 @@ def distribution(logits: Float[Array, "row vocab"], rule: Rule) -> Float[Array, 
     token kept are kept. At temperature 0: the model's own, without any of this.
     """
     scores = logits.astype(jnp.float32)
-    if rule.vocab_size is not None:
+    if rule.unknown_tokens:
+        padding = Vocabulary(rule.vocab_size, rule.unknown_tokens).is_padding(scores.shape[-1])
+        scores = jnp.where(padding[None, :], -jnp.inf, scores)
+    elif rule.vocab_size is not None:
         padding = jnp.arange(scores.shape[-1]) >= rule.vocab_size
         scores = jnp.where(padding[None, :], -jnp.inf, scores)
     if rule.temperature > 0:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from pgpo_jax import sharding
 from pgpo_jax.data import bucket
+from pgpo_jax.distributions import Vocabulary
 from pgpo_jax.errors import InputError, require
 from pgpo_jax.models import merge
 from pgpo_jax.sampler import decode
@@ -46,6 +47,8 @@ class SamplingConfig:
     """A response ends with the first of these that it draws."""
     vocab_size: int | None = None
     """Tokens from this id on are never drawn: rows that only pad the vocabulary (None: all are)."""
+    unknown_tokens: tuple[int, ...] = ()
+    """Tokens before it that are never drawn either; a run adds ids that its tokenizer lacks."""
     slots: int | None = None
     """Responses decoded at a time, refilled from the queue as they end (None: all at once)."""
     chunk: int = 64
@@ -73,7 +76,14 @@ class SamplingConfig:
             **least_one,
             temperature=(self.temperature >= 0, "0 or more"),
             top_p=(0 < self.top_p <= 1, "in (0, 1]"),
+            unknown_tokens=(min(self.unknown_tokens, default=0) >= 0, "tokens, 0 or more"),
         )
+
+    def vocabulary(self) -> Any:
+        """Which tokens may be drawn, for the loss: its distributions must be over the same."""
+        if not self.unknown_tokens:
+            return self.vocab_size
+        return Vocabulary(self.vocab_size, self.unknown_tokens)
 
     def rule(self) -> decode.Rule:
         """What the compiled programs depend on; other sizes must not compile them anew."""

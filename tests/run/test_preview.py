@@ -1,19 +1,23 @@
 """What a run says of its texts before it begins: prompt, ends, demonstration, and what is odd."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from refusal import ARCHITECTURE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pgpo_jax import config as config_module
-from pgpo_jax import hf
+from pgpo_jax import distributions, fused, hf, losses
 from pgpo_jax.errors import InputError
 from pgpo_jax.fields import dump_yaml
 from pgpo_jax.run import load_run
 from pgpo_jax.run.preview import clip, preview
+from pgpo_jax.sampler import rollout
 
 SPECIAL = ("<bos>", "<eos>", "<|turn|>", "<|start|>")
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -149,3 +153,97 @@ def test_a_run_keeps_the_date_of_its_first_day(loaded, tmp_path):
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(begun))
     run = loaded(make_tokenizer(template))
     assert "31 Jan 2020" in preview(run).lines[0]
+
+
+SPARSE = {text: i for i, text in enumerate(ALPHABET)}
+SPARSE |= {"<bos>": 290, "<eos>": 300, "<|turn|>": 310, "<|start|>": 311}
+GAPS = sorted({*range(312)} - {*SPARSE.values()})
+
+
+def sparse_tokenizer():
+    """Ids with gaps, and the token that ends a turn is the one that pads."""
+    tokenizer = make_tokenizer(vocabulary=SPARSE)
+    tokenizer.pad_token = "<|turn|>"
+    assert len(tokenizer) == 260
+    return tokenizer
+
+
+@pytest.fixture
+def sparse(loaded):
+    """A run whose model finds all of its 316 rows equally probable."""
+    run = loaded(
+        sparse_tokenizer(), sampling={"num_samples": 16, "max_response_length": 64, "chunk": 16}
+    )
+    return run._replace(params=jax.tree.map(jnp.zeros_like, run.params))
+
+
+def test_ids_between_the_tokenizers_are_never_drawn_and_end_tokens_above_them_are(sparse):
+    sampling = sparse.policy.sampling
+    assert (sampling.vocab_size, sampling.end_tokens) == (312, (300, 310))
+    assert list(sampling.unknown_tokens) == GAPS
+    asked = [question.messages for question in sparse.task.train]
+    drawn = rollout(sparse.policy, sparse.params, asked, jax.random.key(0))
+    tokens = drawn.responses[drawn.response_mask]
+    assert np.isin(tokens, [*SPARSE.values()]).all()
+    # The log-probabilities are those of what was drawn from: 260 tokens alike.
+    np.testing.assert_allclose(
+        drawn.log_probs[drawn.response_mask], -np.log(260), rtol=0, atol=1e-5
+    )
+
+
+def test_an_end_token_that_also_pads_ends_a_response_and_counts_in_it_once(sparse):
+    asked = [question.messages for question in sparse.task.train]
+    sampling = dataclasses.replace(sparse.policy.sampling, end_tokens=(310,))
+    drawn = rollout(
+        sparse.policy._replace(sampling=sampling), sparse.params, asked, jax.random.key(1)
+    )
+    ends = (drawn.responses == 310) & drawn.response_mask
+    lengths = drawn.response_mask.sum(-1)
+    ended = lengths < 64
+    assert ended.any()
+    assert (ends.sum(-1) == 1)[ended].all()
+    last = np.take_along_axis(drawn.responses, lengths[..., None] - 1, axis=-1)[..., 0]
+    assert (last[ended] == 310).all()
+    assert not any("<|turn|>" in text for group in drawn.texts for text in group)
+
+
+def test_the_loss_has_the_distribution_that_was_drawn_from(sparse):
+    vocabulary = sparse.policy.sampling.vocabulary()
+    logits = jax.random.normal(jax.random.key(0), (3, 316))
+    masked = distributions.log_probs(distributions.mask_padding(logits, vocabulary))
+    known = np.zeros(316, bool)
+    known[[*SPARSE.values()]] = True
+    expected = jax.nn.log_softmax(jnp.where(known, logits, -jnp.inf))
+    np.testing.assert_allclose(masked[:, known], expected[:, known], atol=1e-5)
+    np.testing.assert_allclose(jnp.exp(masked).sum(-1, where=~known), 0, atol=0)
+
+
+def test_a_policy_that_has_not_moved_has_importance_weights_of_one(sparse):
+    tokens = jnp.asarray([5, 300, 250])
+    hidden, head = jnp.zeros((3, 16)), jnp.zeros((316, 16))
+    _, terms = fused.distill(
+        hidden,
+        head,
+        hidden,
+        head,
+        tokens,
+        jnp.ones(3),
+        jnp.full(3, -np.log(260), jnp.float32),
+        config=losses.DistillationConfig(),
+        vocab_size=sparse.policy.sampling.vocabulary(),
+    )
+    np.testing.assert_allclose(terms.token_log_probs, -np.log(260), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("token", [GAPS[0], 299, 313])
+def test_an_end_token_that_the_tokenizer_does_not_have_is_refused(loaded, token):
+    with pytest.raises(InputError, match=rf"sampling.end_tokens: got \[{token}\], which the token"):
+        loaded(sparse_tokenizer(), sampling={"end_tokens": [token]})
+
+
+def test_end_tokens_of_another_tokenizer_in_a_checkpoint_are_left_out(loaded, tmp_path):
+    loaded(sparse_tokenizer())
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [299, 300]}))
+    config = config_module.load(str(tmp_path / "config.yaml"))
+    assert load_run(config).policy.sampling.end_tokens == (300, 310)
