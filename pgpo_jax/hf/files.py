@@ -16,7 +16,9 @@ import numpy as np
 
 from pgpo_jax.errors import InputError
 
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     where: dict[str, str] = {}
-    for path in _files(folder):
+    for path in weight_files(folder):
         try:
             file: Any = safe_open(path, framework="numpy")
         except (OSError, SafetensorError) as error:
@@ -63,35 +65,76 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a checkpoint, as `transformers` chooses them.
 
     A whole file comes before an index and its shards, which an earlier save may have left there.
+    Where there is neither, all of the folder's files are taken.
+
+    Raises:
+      InputError: There are none, some are missing, or the folder is one of an adapter.
     """
-    single = folder / "model.safetensors"  # some repositories hold other forms beside it
-    if single.is_file():
-        return [single]
+    if (folder / ADAPTER).is_file():  # transformers would load another model, and this on top of it
+        raise InputError(
+            f"model.path: got {folder}, which has an {ADAPTER}; adapters are not applied, so "
+            "merge it into its model and save that, or remove the file if it is merged already"
+        )
+    config = folder / "config.json"
+    stated = read_json(config).get("transformers_weights") if config.is_file() else None
+    if stated is not None:
+        if str(stated).endswith(".safetensors.index.json"):
+            return _shards(folder, _inside(folder, "config.json", stated))
+        return [_inside(folder, "config.json", stated)]
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
     if (folder / INDEX).is_file():
-        places = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise InputError(f"model.path: got {folder / INDEX} without a weight_map of file names")
-        names = sorted({str(name) for name in places.values()})
-        for name in names:
-            if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII):
-                raise InputError(
-                    f"model.path: got the shard {name!r} in {folder / INDEX}; must be the name of "
-                    "a .safetensors file in that folder"
-                )
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise InputError(
-                f"model.path: got {folder} without {', '.join(missing)}, which {INDEX} names; "
-                "fetch what is missing"
-            )
-        return [folder / name for name in names]
+        return _shards(folder, folder / INDEX)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise InputError(f"model.path: got {folder} without *.safetensors; convert it to these")
+        pickles = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
+        but = f" but with {pickles} (pickle, which is never read)" if pickles else ""
+        raise InputError(
+            f"model.path: got {folder} without *.safetensors{but}; convert it to these"
+        )
     return files
+
+
+def describe_files(path: str | Path) -> str:
+    """Which files of a checkpoint are taken, and which that lie beside them are not."""
+    where = folder(path, ["*.json", "*.safetensors"])
+    taken = [path.name for path in weight_files(where)]
+    kinds = ("*.safetensors", *((INDEX,) if taken == [WHOLE] else ()), "*.bin")
+    there = {path.name for kind in kinds for path in where.glob(kind)} - {*taken}
+    text = taken[0] if len(taken) == 1 else f"{len(taken)} files, {taken[0]} to {taken[-1]}"
+    text = f"weights from {text} in {where}"
+    if not there:
+        return text
+    names = sorted(there)
+    return f"{text}; beside them, not read: {', '.join(names[:4])}{' ...' if names[4:] else ''}"
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    """The files that an index names."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(f"model.path: got {index} without a weight_map of file names")
+    files = [_inside(folder, index.name, name) for name in {*map(str, places.values())}]
+    if missing := sorted(path.name for path in files if not path.is_file()):
+        raise InputError(
+            f"model.path: got {folder} without {', '.join(missing)}, which {index.name} names; "
+            "fetch what is missing"
+        )
+    return sorted(files)
+
+
+def _inside(folder: Path, where: str, name: Any) -> Path:
+    """A file of the folder that one of its files names."""
+    if not re.fullmatch(r"[\w.-]+\.safetensors(\.index\.json)?", str(name), re.ASCII):
+        raise InputError(
+            f"model.path: got the shard {name!r} in {folder / where}; must be the name of "
+            "a .safetensors file in that folder"
+        )
+    return folder / str(name)
 
 
 def folder(path: str | Path, patterns: list[str]) -> Path:

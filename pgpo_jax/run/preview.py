@@ -30,6 +30,7 @@ def preview(run: Run) -> Preview:
     (tokens,) = data.tokenize(tokenizer, [prompt])
     given = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     lines = [
+        *([run.source] if run.source else []),
         f"the prompt of question {question.key!r}, {len(tokens)} tokens: {clip(given)}",
         f"a response ends with {_ends(run)}",
         f"its teacher's prompt goes on with {clip(_demonstration(run, question, prompt))}",

@@ -34,6 +34,8 @@ class Run(NamedTuple):
     """The teacher's model, where it is another one (`teacher.path`)."""
     teacher: Any = None
     """Its weights."""
+    source: str = ""
+    """The files that the weights are from, in words."""
 
 
 def join(config: Config) -> Mesh:
@@ -66,7 +68,9 @@ def load_run(config: Config, mesh: Mesh | None = None) -> Run:
     reprompt = with_templates(config.reprompt, task.templates)
     check_run(task, model.config, tokenizer, sampling, config.data, reprompt)
     policy = Policy(model.graphdef, tokenizer, mesh, sampling, config.data)
-    run = Run(config, task, policy, reprompt, model.params)
+    path = config.model.path
+    source = "" if path is None else hf.describe_files(path)
+    run = Run(config, task, policy, reprompt, model.params, source=source)
     if config.teacher.path is None:
         return run
     return _with_teacher(run, model.config.vocab_size)
@@ -125,7 +129,9 @@ def _with_teacher(run: Run, vocab_size: int) -> Run:
         raise InputError(
             f"teacher.path: got a model of {size} tokens; the student has {vocab_size}"
         )
-    return run._replace(teacher_graphdef=teacher.graphdef, teacher=teacher.params)
+    parts = [run.source, f"the teacher's {hf.describe_files(config.teacher.path or '')}"]
+    source = "; ".join(filter(None, parts))
+    return run._replace(teacher_graphdef=teacher.graphdef, teacher=teacher.params, source=source)
 
 
 def checkpoint_folder(config: Config) -> str:

@@ -76,7 +76,8 @@ def loaded(tmp_path):
 
 def test_prompt_ends_and_demonstration_are_shown_as_the_model_has_them(loaded):
     lines, warnings = preview(loaded(make_tokenizer(), ("A question?",)))
-    (prompt, ends, shown), _ = lines, warnings
+    weights, prompt, ends, shown = lines
+    assert weights.startswith("weights from model.safetensors in ")
     assert "'<|start|>user\\nA question?<|turn|>\\n<|start|>assistant\\n'" in prompt
     assert ", 30 tokens: " in prompt
     assert "'<eos>' (token 1) or '<|turn|>' (token 2, which ends a turn" in ends
@@ -114,13 +115,13 @@ def test_what_a_user_may_not_have_meant_is_said(loaded, template, questions, sai
 
 def test_a_template_that_writes_the_opening_token_gives_it_once(loaded):
     lines, warnings = preview(loaded(make_tokenizer("<bos>" + CHAT, "<bos> $A")))
-    assert "'<bos><|start|>user" in lines[0]
+    assert "'<bos><|start|>user" in lines[1]
     assert warnings == []
 
 
 def test_without_a_chat_template_a_prompt_is_plain_text_and_that_is_said(loaded):
     lines, warnings = preview(loaded(make_tokenizer(None, "<bos> $A <eos>")))
-    assert "'<bos>1+1=?'" in lines[0]
+    assert "'<bos>1+1=?'" in lines[1]
     assert lines[-1] == "no chat template: a prompt is the question's plain text"
     assert warnings == []
     with pytest.raises(InputError, match="has no chat template, but the prompt is a conversation"):
@@ -152,7 +153,7 @@ def test_a_run_keeps_the_date_of_its_first_day(loaded, tmp_path):
     begun = {"data": {"template_options": {"strftime_now": "2020-01-31"}}}
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(begun))
     run = loaded(make_tokenizer(template))
-    assert "31 Jan 2020" in preview(run).lines[0]
+    assert "31 Jan 2020" in preview(run).lines[1]
 
 
 SPARSE = {text: i for i, text in enumerate(ALPHABET)}
