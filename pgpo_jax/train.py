@@ -96,7 +96,7 @@ def _prepare(config: Config) -> Run:
     return run
 
 
-def _begin(run: Run, session: Session, changes: str) -> tuple[Run, TrainState]:
+def _begin(run: Run, session: Session, changes: Sequence[str]) -> tuple[Run, TrainState]:
     """The state to go on from: that of the newest checkpoint, or the model after its warm start.
 
     `changes` says what changed in the configuration since the run was started.

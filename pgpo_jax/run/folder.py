@@ -26,7 +26,7 @@ but for rounding. The rest of `evaluation` may not, or its numbers could not be 
 
 
 @contextlib.contextmanager
-def hold_folder(config: Config) -> Iterator[str]:
+def hold_folder(config: Config) -> Iterator[list[str]]:
     """Locks a run's folder and claims it for the run; yields what changed since it was started.
 
     Another run's folder is refused before anything in it is opened or written.
@@ -38,15 +38,15 @@ def hold_folder(config: Config) -> Iterator[str]:
         yield changes
 
 
-def compare_folder(config: Config) -> str:
-    """What changed since the folder's run was started, in words; empty where nothing did.
+def compare_folder(config: Config) -> list[str]:
+    """What changed since the folder's run was started, in words.
 
     Raises:
       InputError: The folder holds another run.
     """
     path = os.path.join(config.output_dir, "config.yaml")
     if not os.path.exists(path):
-        return ""
+        return []
     changes = []
     before, now = (dict(_flat(draccus.encode(c))) for c in (load(path), config))
     for name in sorted(before.keys() | now.keys()):
@@ -62,7 +62,7 @@ def compare_folder(config: Config) -> str:
             )
         if name != "output_dir":
             changes.append(f"{name} {fields.show(was)} -> {fields.show(is_now)}")
-    return f" (changed: {', '.join(changes)})" if changes else ""
+    return changes
 
 
 def _write_config(config: Config) -> None:

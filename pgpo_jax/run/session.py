@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -13,6 +14,7 @@ from pgpo_jax.errors import InputError, RunError, printable
 from pgpo_jax.logs import End, Watch, Writer
 from pgpo_jax.run import reactions
 from pgpo_jax.run.compilations import count_compilations
+from pgpo_jax.run.content import check_content, content, versions
 from pgpo_jax.run.evaluation import evaluate_run
 from pgpo_jax.run.preview import preview
 from pgpo_jax.run.setup import Run, checkpoint_folder, describe
@@ -34,6 +36,8 @@ class Session:
         self._state: TrainState | None = None
         self._resumed: int | None = None
         self._evaluated = -1
+        self._content: dict[str, str] = {}
+        self._versions = versions()
         self._ending: End | None = None
         self._stopped = False
         self.reacted = False
@@ -63,19 +67,24 @@ class Session:
                 self.writer.warn(str(failed))
         self._stack.__exit__(kind, error, trace)
 
-    def restore(self, like: TrainState, changes: str) -> TrainState | None:
+    def restore(self, like: TrainState, changes: Sequence[str]) -> TrainState | None:
         """The newest whole checkpoint, None without one; opens the files of the run.
 
         Args:
           like: Shapes and places of the state; `abstract_train_state`.
           changes: What changed in the configuration since the run was started, in words.
+
+        Raises:
+          InputError: The run's data, reward function or model have changed meanwhile.
         """
         state, saved = None, {}
+        self._content = content(self._run)
         if self._checkpoints.latest_step() is not None:
             # Room for what is restored.
             jax.tree.map(lambda p: p.delete(), (self._run.params, self._run.teacher))
             state, saved = self._checkpoints.restore(like)
             self._resumed = int(saved["step"])
+            changes = [*changes, *self._changes_since(saved)]
         # Not before: what is written since the checkpoint is dropped.
         self.writer = self._stack.enter_context(self._open_writer(saved.get("files")))
         self.writer.say(describe(self._run))
@@ -86,7 +95,8 @@ class Session:
             self.writer.warn(warning)
         if state is not None:
             folder = checkpoint_folder(self._config)
-            self.writer.say(f"resumed at step {self._resumed} from {folder}{changes}")
+            told = f" (changed: {', '.join(changes)})" if changes else ""
+            self.writer.say(f"resumed at step {self._resumed} from {folder}{told}")
         self._evaluated = saved.get("evaluated", -1)
         self.reacted = saved.get("reacted", False)
         # On every host alike: its rows are those of all.
@@ -94,6 +104,16 @@ class Session:
         ending = self._watch.end()
         self._ending = None if ending and ending.code else ending  # after a failure it goes on
         return state
+
+    def _changes_since(self, saved: Mapping[str, Any]) -> list[str]:
+        """What stands in no field and changed since the checkpoint was saved, in words."""
+        told = check_content(saved.get("content", {}), self._content, self._config)
+        before = saved.get("versions", {})
+        return told + [
+            f"{name} {before[name]} -> {version}"
+            for name, version in self._versions.items()
+            if before.get(name, version) != version
+        ]
 
     def goes_on(self, state: TrainState) -> bool:
         """Evaluates and saves where it is time; False where the run is over or was stopped."""
@@ -180,6 +200,7 @@ class Session:
             return
         counters = {"evaluated": self._evaluated, "watch": self._watch.state}
         counters |= {"reacted": self.reacted, "files": sizes}
+        counters |= {"content": self._content, "versions": self._versions}
         self._checkpoints.save(step, state, counters)
 
     def _say_why(self, ending: End, step: int) -> int:
