@@ -135,6 +135,17 @@ def test_a_resumed_run_is_the_run_without_an_interruption(write, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *students)
 
 
+def test_fewer_steps_than_were_done_is_said_and_changes_nothing(write, tmp_path, capsys):
+    assert code(train.main, write(steps=3, evaluation={"every": 0})) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.jsonl")}
+    capsys.readouterr()
+    assert code(train.main, write(steps=1, evaluation={"every": 0})) == 0
+    said = capsys.readouterr().out
+    assert "steps = 1 lies before step 3, which the run has reached: no update is left" in said
+    assert "done at step 3" in said
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.jsonl")} == before
+
+
 def test_another_run_in_the_same_folder_is_refused_and_nothing_is_lost(write, tmp_path, capsys):
     assert code(train.main, write(steps=1, evaluation={"every": 0})) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -42,6 +42,7 @@ from rich.text import Text
 
 from pgpo_jax.errors import InputError, printable, require
 from pgpo_jax.logs.alarms import is_number
+from pgpo_jax.logs.identity import Identity, identify
 from pgpo_jax.logs.jsonl import Lines
 
 Row = Mapping[str, Any]
@@ -56,7 +57,8 @@ class MetricsConfig:
     project: str = "pgpo_jax"
     """The project's name in a tracker."""
     name: str | None = None
-    """The run's name in a tracker; null is the name of the output folder."""
+    """The run's name in a tracker; null is the name of the output folder. trackio
+    adds the run's id, by which a resumed run is the same one."""
     estimators: tuple[
         Literal["entropy_gap", "conditional_kl", "jensen_shannon", "pointwise"], ...
     ] = ()
@@ -142,7 +144,9 @@ class Writer:
         # Before the files are started anew: a tracker that is missing must not cost an old run.
         for name in dict.fromkeys(self._config.trackers):
             settings = dict(run_config or {})
-            tracker = TRACKERS[name](self._config, folder.resolve(), settings, resume_from)
+            place = folder.resolve()
+            identity = identify(place, self._config.name, resume_from)
+            tracker = TRACKERS[name](self._config, place, settings, resume_from, identity)
             self._trackers.append(tracker)
         with _writable(folder):
             self._files = {
@@ -315,22 +319,38 @@ class Tracker(NamedTuple):
     close: Callable[[], Any]
 
 
-def _wandb(config: MetricsConfig, folder: Path, run: dict[str, Any], start: int | None) -> Tracker:
+def _wandb(
+    config: MetricsConfig,
+    folder: Path,
+    run: dict[str, Any],
+    start: int | None,
+    identity: Identity,
+) -> Tracker:
     wandb = _import("wandb")
     session = wandb.init(
         project=config.project,
-        name=config.name or folder.name,
+        id=identity.id,
+        name=identity.name,
         dir=str(folder),
         config=run,
-        resume="never" if start is None else "auto",
+        resume="never" if start is None else "allow",
     )
-    return Tracker(lambda step, row: session.log(row, step=step), session.finish)
+    return Tracker(_after(identity.sent, session.log), session.finish)
+
+
+def _after(sent: int, log: Callable[..., Any]) -> Callable[[int, dict[str, float]], Any]:
+    """Sends the rows of steps that were not sent before."""
+    return lambda step, row: log(row, step=step) if step > sent else None
 
 
 def _tensorboard(
-    config: MetricsConfig, folder: Path, run: dict[str, Any], start: int | None
+    config: MetricsConfig,
+    folder: Path,
+    run: dict[str, Any],
+    start: int | None,
+    identity: Identity,
 ) -> Tracker:
-    del run  # TensorBoard has no place for it
+    del run, identity  # TensorBoard has no place for them
     purge = None if start is None else start + 1
     writer = _import("tensorboardX").SummaryWriter(
         str(folder / "tensorboard" / (config.name or "")), purge_step=purge
@@ -344,16 +364,21 @@ def _tensorboard(
 
 
 def _trackio(
-    config: MetricsConfig, folder: Path, run: dict[str, Any], start: int | None
+    config: MetricsConfig,
+    folder: Path,
+    run: dict[str, Any],
+    start: int | None,
+    identity: Identity,
 ) -> Tracker:
+    del folder
     trackio = _import("trackio")
     trackio.init(
         project=config.project,
-        name=config.name or folder.name,
+        name=f"{identity.name}-{identity.id}",  # it goes on with a run by its name
         config=run,
         resume="never" if start is None else "allow",
     )
-    return Tracker(lambda step, row: trackio.log(row, step=step), trackio.finish)
+    return Tracker(_after(identity.sent, trackio.log), trackio.finish)
 
 
 TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard, "trackio": _trackio}

@@ -97,6 +97,12 @@ class Session:
             folder = checkpoint_folder(self._config)
             told = f" (changed: {', '.join(changes)})" if changes else ""
             self.writer.say(f"resumed at step {self._resumed} from {folder}{told}")
+            if self._config.steps < int(saved["step"]):
+                self.writer.say(
+                    f"steps = {self._config.steps} lies before step {self._resumed}, which the run "
+                    "has reached: no update is left to do; give more steps to go on, or another "
+                    "output_dir for a shorter run"
+                )
         self._evaluated = saved.get("evaluated", -1)
         self.reacted = saved.get("reacted", False)
         # On every host alike: its rows are those of all.

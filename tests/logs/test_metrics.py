@@ -226,6 +226,37 @@ def test_a_tracker_gets_the_finite_numbers(tmp_path, monkeypatch, tracker, modul
         assert named == {"step": 1}
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_resumed_run_is_one_run_for_a_tracker_and_sends_no_step_twice(
+    tmp_path, monkeypatch, tracker
+):
+    calls = []
+    monkeypatch.setitem(sys.modules, tracker, fake_modules(calls))
+    config = MetricsConfig(trackers=(tracker,))
+
+    def run(folder, first, last, resume_from):
+        calls.clear()
+        with Writer(folder, config, total_steps=9, resume_from=resume_from) as writer:
+            for step in range(first, last + 1):
+                writer.write(step, {"loss": 0.5})
+        (_, _, told), *logged = calls
+        steps = [named["step"] for name, _, named in logged if name == "log"]
+        return told.get("id", told["name"]), told["name"], told["resume"], steps
+
+    identity, name, resume, steps = run(tmp_path / "run", 1, 3, None)
+    assert name.startswith("run")
+    assert (resume, steps) == ("never", [1, 2, 3])
+    (tmp_path / "run").rename(tmp_path / "kept")
+    assert run(tmp_path / "kept", 2, 5, 1) == (identity, name, "allow", [4, 5])
+    assert run(tmp_path / "kept", 6, 6, 5) == (identity, name, "allow", [6])
+    other, _, resume, steps = run(tmp_path / "kept", 1, 1, None)  # anew
+    assert (resume, steps) == ("never", [1])
+    assert other != identity
+    (tmp_path / "kept" / "trackers.json").unlink()  # a run of an earlier version
+    other, _, resume, steps = run(tmp_path / "kept", 1, 1, 1)
+    assert (resume, steps) == ("allow", [1])
+
+
 def test_tensorboard_files_are_written(tmp_path):
     pytest.importorskip("tensorboardX", reason="the dev extra brings it")
     with Writer(tmp_path, MetricsConfig(trackers=("tensorboard",)), total_steps=1) as writer:
