@@ -23,7 +23,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import io
-import json
 import multiprocessing
 import os
 import pathlib
@@ -163,10 +162,7 @@ def other(seed: int) -> int:
 
 
 def _load(study: Study, values: Mapping[str, Any]) -> Config:
-    settings = []
-    for name, value in values.items():
-        settings += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return config_module.load(study.config_path, [*study.overrides, *settings])
+    return config_module.load(study.config_path, study.overrides, values)
 
 
 def is_finished(config: Config) -> bool:

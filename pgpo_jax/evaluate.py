@@ -1,20 +1,26 @@
-"""Evaluates a run's newest student on held-out questions: `python -m pgpo_jax.evaluate CONFIG`."""
+"""Evaluates a run's newest student on held-out questions.
+
+CONFIG is the run's own config.yaml, in its folder. The last line is the result as JSON.
+"""
 
 import json
 import sys
 from collections.abc import Sequence
 
+from pgpo_jax import config as config_module
 from pgpo_jax import keys, sharding
 from pgpo_jax.checkpoint import Checkpoints
-from pgpo_jax.config import from_command_line
+from pgpo_jax.command import parse
 from pgpo_jax.errors import command
 from pgpo_jax.evaluation import evaluate
 from pgpo_jax.run import checkpoint_folder, load_run
 
+COMMAND = config_module.command("evaluate", __doc__)
+
 
 def main(argv: Sequence[str]) -> int:
     """Evaluates the newest student of a run, or the model itself where there is no run."""
-    config = from_command_line(argv, "evaluate")
+    config = config_module.from_arguments(parse(COMMAND, argv))
     run = load_run(config)
     params, step = run.params, 0
     if not config.evaluation.untrained:

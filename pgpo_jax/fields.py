@@ -1,14 +1,19 @@
-"""Values of dataclass fields from YAML: safely loaded, strictly typed, every mistake one line.
+"""Dataclass fields and YAML: strictly typed, every mistake one line; types and docs in words.
 
 A value has the type that its field states, or it is an error: text is not taken for a number, nor a
 number for text, and null only stands where a field may be null. One form is read as YAML 1.2 has
 it: `1e-5`, which YAML 1.1 and with it PyYAML take for text, is a number.
 """
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
+import json
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -64,6 +69,39 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper)
 
 
+def one_line(value: Any) -> str:
+    """A field's value in one line, as YAML has it."""
+    return value if isinstance(value, str) and value else json.dumps(value, default=str)
+
+
+def encode(value: Any) -> Any:
+    """What YAML holds of a dataclass or of a field's value: `decode` makes the same of it again."""
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, dict):
+        return {name: encode(item) for name, item in value.items()}
+    return [encode(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def docs(section: type) -> dict[str, str]:
+    """Field -> the docstring under it, which Python itself does not keep, as one line."""
+    found = {}
+    for kind in reversed(section.__mro__):
+        if not dataclasses.is_dataclass(kind):
+            continue
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        for pair in itertools.pairwise(getattr(definition, "body", ())):
+            match pair:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    found[name] = " ".join(text.split())
+    return found
+
+
 def kinds(section: type, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> type, of all fields of nested dataclasses."""
     found: dict[str, Any] = {}
@@ -80,7 +118,7 @@ def unknown(name: str, names: Sequence[str], prefix: str = "") -> InputError:
     last = name.split(".")[-1]
     elsewhere = [known for known in names if known.split(".")[-1] == last]
     meant = [*difflib.get_close_matches(name, names, n=1, cutoff=0.7), *elsewhere]
-    hint = f"did you mean {prefix}{meant[0]}?" if meant else "see --help for all fields"
+    hint = f"did you mean {prefix}{meant[0]}?" if meant else "see --help all"
     return InputError(f"{prefix}{name}: no such field; {hint}")
 
 
@@ -115,31 +153,51 @@ _PLAIN: dict[Any, str] = {
 }
 
 
+def describe(kind: Any) -> str:
+    """What a value of a field of this type must be, in words."""
+    kind, null = _without_null(kind)
+    each = ", each " + describe(get_args(kind)[0]) if get_origin(kind) is tuple else ""
+    return _rule(kind) + each + null
+
+
+def _rule(kind: Any) -> str:
+    origin = get_origin(kind)
+    if origin is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    return {tuple: "a list", dict: "fields and values"}.get(origin) or _PLAIN[kind]
+
+
+def _without_null(kind: Any) -> tuple[Any, str]:
+    """The type without None, and " or null" where it has it."""
+    choices = get_args(kind)
+    if NoneType not in choices:
+        return kind, ""
+    (kind,) = (choice for choice in choices if choice is not NoneType)
+    return kind, " or null"
+
+
 def _value(kind: Any, value: Any, name: str) -> Any:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return decode(kind, value, name)
-    choices, null = get_args(kind), ""
-    if NoneType in choices:
-        if value is None:
-            return None
-        (kind,) = (choice for choice in choices if choice is not NoneType)
-        choices, null = get_args(kind), " or null"
-    origin = get_origin(kind)
+    kind, null = _without_null(kind)
+    if null and value is None:
+        return None
+    origin, choices = get_origin(kind), get_args(kind)
     if kind is float:
         if _is_number(value):
             return float(value)
-        rule, fits = _PLAIN[kind], False
+        fits = False
     elif origin is Literal:
-        rule, fits = f"one of {', '.join(choices)}", isinstance(value, str) and value in choices
+        fits = isinstance(value, str) and value in choices
     elif origin is tuple:
-        rule, fits = "a list", isinstance(value, list | tuple)
+        fits = isinstance(value, list | tuple)
     elif origin is dict:
-        rule = "fields and values"
         fits = isinstance(value, dict) and all(isinstance(key, str) for key in value)
     else:
-        rule, fits = _PLAIN[kind], type(value) is kind
+        fits = type(value) is kind
     if not fits:
-        raise InputError(f"{name}: got {show(value)}; must be {rule}{null}{_quotes(kind, value)}")
+        rule = f"{_rule(kind)}{null}{_quotes(kind, value)}"
+        raise InputError(f"{name}: got {show(value)}; must be {rule}")
     if origin is tuple:
         return tuple(_value(choices[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     return value

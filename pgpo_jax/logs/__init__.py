@@ -11,7 +11,6 @@ from pgpo_jax.logs.reader import (
     read_multipliers,
     read_runs,
     read_samples,
-    show_field,
 )
 from pgpo_jax.logs.writer import MetricsConfig, Writer
 
@@ -34,5 +33,4 @@ __all__ = [
     "read_multipliers",
     "read_runs",
     "read_samples",
-    "show_field",
 ]

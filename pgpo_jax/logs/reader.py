@@ -143,7 +143,8 @@ def experiments(runs: Sequence[RunLog]) -> list[Experiment]:
     result = []
     for index, members in enumerate(found):
         values = [
-            f"{_short(name, distinct)} {show_field(row[index])}" for name, row in distinct.items()
+            f"{_short(name, distinct)} {fields.one_line(row[index])}"
+            for name, row in distinct.items()
         ]
         seeds = f" ({len(members)} runs)" if len(members) > 1 else ""
         # Many differences make no label: the name of the folder then says more.
@@ -168,11 +169,6 @@ def config_differences(runs: Sequence[RunLog], ignore: Sequence[str] = ()) -> di
 
 
 ABSENT = "(absent)"
-
-
-def show_field(value: Any) -> str:
-    """A value of a configuration, as YAML has it, in one line."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _short(name: str, names: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Plan of a run: `python -m pgpo_jax.plan CONFIG [--topology v5p:4x4x4] [--section.field value]`.
+"""Plan of a run on devices that need not exist: memory, work and time.
 
 Compiles the real train step and the sampler's real programs ahead of time, for a TPU slice on a
 machine without one (extra `plan`), or for the local devices without `--topology`; nothing is
@@ -23,6 +23,7 @@ import jax
 
 from pgpo_jax import config as config_module
 from pgpo_jax import models
+from pgpo_jax.command import Option, parse
 from pgpo_jax.config import Config
 from pgpo_jax.errors import InputError
 from pgpo_jax.plan import arrange, chips, measure, programs
@@ -179,28 +180,18 @@ def _number(value: float | None, unit: str) -> str:
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def _take_topology(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """`--topology X` or `--topology=X`, and the other arguments."""
-    rest, topology = [], None
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == "--topology":
-            topology = next(arguments, "")
-        elif argument.startswith("--topology="):
-            topology = argument.split("=", 1)[1]
-        else:
-            rest.append(argument)
-    if topology == "":
-        raise InputError("--topology: got nothing; must be like v5p:4x4x4")
-    return topology, rest
+COMMAND = config_module.command(
+    "plan",
+    __doc__,
+    Option("--topology", "a TPU slice such as v5p:4x4x4; the local devices without it", "SLICE"),
+)
 
 
 def main(argv: Sequence[str]) -> None:
-    """`CONFIG [--topology v5p:4x4x4] [--section.field value ...]`."""
-    topology, rest = _take_topology(argv)
-    if {"-h", "--help"} & set(rest):
-        print("--topology NAME: a TPU slice such as v5p:4x4x4; the local devices without it\n")
-    config = config_module.from_command_line(rest, "plan")
+    """The command line; see `--help`."""
+    arguments = parse(COMMAND, argv)
+    config = config_module.from_arguments(arguments)
+    topology = arguments.options.get("--topology")
     if topology is not None:
         jax.config.update("jax_platforms", "cpu")  # the slice is only compiled for
     found = plan(config, topology)

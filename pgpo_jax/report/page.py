@@ -1,16 +1,16 @@
-"""HTML page about one or several runs: `python -m pgpo_jax.report RUN [RUN ...] -o report.html`.
+"""HTML page about one or several runs, side by side.
 
-RUN is a run's folder (its output_dir). Runs that differ only in the seed are shown together, with a
+Runs that differ only in the seed are shown together, with a
 band over seeds. The page is one file that asks for nothing from a network: curves, the resolved
 configuration, what differs between the runs, and a table of samples with the teacher's prompts and
 the divergence of every token as colour.
 """
 
-import argparse
 import base64
 import hashlib
 import importlib.resources
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,9 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from pgpo_jax import logs
-from pgpo_jax.errors import InputError, Parser, printable
+from pgpo_jax import fields, logs
+from pgpo_jax.command import Argument, Command, Option, parse
+from pgpo_jax.errors import InputError, printable
 from pgpo_jax.logs import Experiment, RunLog, Series
 from pgpo_jax.report import figures
 from pgpo_jax.report.samples import Cut, cut, sample_table
@@ -182,7 +183,7 @@ def _times(experiments: Sequence[Experiment]) -> Times:
 def _differing(runs: Sequence[RunLog]) -> dict[str, list[Cut]]:
     """Field -> its value in every run, where they differ."""
     return {
-        name: [cut(logs.show_field(value), 300) for value in values]
+        name: [cut(fields.one_line(value), 300) for value in values]
         for name, values in logs.config_differences(runs).items()
     }
 
@@ -205,28 +206,26 @@ def _seconds(value: float) -> str:
 # ---- the command ---------------------------------------------------------------------------------
 
 
+COMMAND = Command(
+    "report",
+    __doc__,
+    (Argument("RUN", "a run's folder (its output_dir)", several=True),),
+    (
+        Option("--output", "the page to write (default: report.html)", "FILE", short="-o"),
+        Option("--samples", "most samples on the page, over all runs (default: 1000)", "COUNT"),
+    ),
+    example="runs/quickstart",
+)
+
+
 def main(argv: Sequence[str]) -> int:
-    """The command line; see the module's docstring."""
-    parser = Parser(
-        prog="python -m pgpo_jax.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder (its output_dir)")
-    parser.add_argument(
-        "-o", "--output", default="report.html", help="the page to write (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=1000,
-        help="most samples on the page, spread over runs and steps (default: %(default)s)",
-    )
-    options = parser.parse_args(argv)
-    if options.samples < 0:
-        raise InputError(f"--samples: got {options.samples}; must be at least 0")
-    path = Path(options.output)
-    page = report(options.runs, options.samples)
+    """The command line; see `--help`."""
+    arguments = parse(COMMAND, argv)
+    text = arguments.options.get("--samples", "1000")
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise InputError(f"--samples: got {text}; must be a whole number, at least 0")
+    path = Path(arguments.options.get("--output", "report.html"))
+    page = report(arguments.words, int(text))
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -57,7 +57,15 @@ def test_a_line_that_differs_is_named(runs, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((), "compare RUN_A RUN_B"), (("nowhere", "elsewhere"), "nowhere is no run")],
+    [
+        (
+            (),
+            "RUN_A: got none; give a run's folder (its output_dir): python -m pgpo_jax.checkpoint",
+        ),
+        (("nowhere",), "RUN_B: got none; give another"),
+        (("nowhere", "elsewhere"), "nowhere is no run"),
+        (("one", "two", "three"), "three: not expected"),
+    ],
 )
 def test_what_is_not_two_runs_is_one_line(arguments, message, capsys):
     exit_code, line = compare(capsys, *arguments)

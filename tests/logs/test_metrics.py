@@ -5,11 +5,11 @@ import math
 import sys
 import types
 
-import draccus
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pgpo_jax import fields
 from pgpo_jax.errors import InputError
 from pgpo_jax.logs import MetricsConfig, Writer
 
@@ -282,7 +282,7 @@ def test_an_output_folder_that_cannot_be_written_is_an_input_error(tmp_path):
 
 
 def test_the_section_is_read_from_yaml():
-    config = draccus.decode(MetricsConfig, {"trackers": ["wandb", "trackio"], "log_seconds": 1})
+    config = fields.decode(MetricsConfig, {"trackers": ["wandb", "trackio"], "log_seconds": 1})
     assert config == MetricsConfig(trackers=("wandb", "trackio"), log_seconds=1.0)
     with pytest.raises(InputError, match=r"metrics\.samples_shown: got -1"):
         MetricsConfig(samples_shown=-1)

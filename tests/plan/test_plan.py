@@ -242,7 +242,7 @@ def test_the_last_line_is_json(path, local, capsys):
 def test_without_a_config_or_a_topologys_name_one_line_says_so(path):
     with pytest.raises(InputError, match="CONFIG: got none"):
         plan.main(["--topology", "v5p:2x2x1"])
-    with pytest.raises(InputError, match="--topology: got nothing"):
+    with pytest.raises(InputError, match="--topology: got no value"):
         plan.main([path, "--topology"])
 
 

@@ -463,7 +463,11 @@ def test_a_folder_that_is_no_run_is_one_line(given, expected, refused, tmp_path)
 
 @table(
     {
-        "no run": ([], "the following arguments are required: RUN; see ... --help"),
+        "no run": (
+            [],
+            "RUN: got none; give a run's folder (its output_dir): python -m pgpo_jax.report "
+            "runs/quickstart",
+        ),
         "a run that is not there": (
             ["none"],
             "RUN: got none, which has no config.yaml; must be the folder of a run (its output_dir)",
@@ -473,8 +477,22 @@ def test_a_folder_that_is_no_run_is_one_line(given, expected, refused, tmp_path)
             ["run", "-o", "none/report.html"],
             "--output: none/report.html cannot be written (No such file or directory)",
         ),
-        "an unknown option": (["run", "--runs"], "unrecognized arguments: --runs; see ... --help"),
-        "a negative number": (["run", "--samples", "-1"], "--samples: got -1; must be at least 0"),
+        "an unknown option": (
+            ["run", "--runs"],
+            "--runs: no such option; see python -m pgpo_jax.report --help",
+        ),
+        "an option mistyped": (
+            ["run", "--sample", "1"],
+            "--sample: no such option; did you mean --samples?",
+        ),
+        "a negative number": (
+            ["run", "--samples", "-1"],
+            "--samples: got -1; must be a whole number, at least 0",
+        ),
+        "no number": (
+            ["run", "--samples", "all"],
+            "--samples: got all; must be a whole number, at least 0",
+        ),
     }
 )
 def test_bad_arguments_are_one_line(given, expected, refused, tmp_path):
