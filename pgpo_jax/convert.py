@@ -16,12 +16,12 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from pgpo_jax import config as config_module
-from pgpo_jax import errors, hf, tasks
+from pgpo_jax import errors, hf, models, tasks
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.command import Argument, Command, Option, parse_one_of
 from pgpo_jax.errors import InputError
 from pgpo_jax.hf import gguf
-from pgpo_jax.models import ModelConfig, decoder
+from pgpo_jax.models import ModelConfig
 
 
 def convert_gguf(source: str, out: str, overwrite: bool = False) -> None:
@@ -85,13 +85,13 @@ def export(run: str, out: str, which: Literal["last", "best"], overwrite: bool =
     host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),
-        decoder.param_shapes(model_config),
+        models.param_shapes(model_config),
     )
     checkpoints = config.checkpoint.path or os.path.join(os.path.abspath(run), "checkpoints")
     with _new_folder(out, overwrite) as folder:
         with Checkpoints(checkpoints, read_only=True) as saved:
             _, params = saved.restore_student(shapes, which)
-        graphdef = decoder.make_graphdef(model_config, section.options())
+        graphdef = models.make_graphdef(model_config, section.options())
         hf.save(folder, graphdef, params, tokenizer)
 
 

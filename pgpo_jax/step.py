@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from pgpo_jax import fused, information, sharding
-from pgpo_jax.data import Batch
-from pgpo_jax.data.batch import (
+from pgpo_jax.data import (
+    Batch,
     micro_batches,
     padding_fraction,
     response_hidden,

@@ -17,8 +17,7 @@ from pgpo_jax import config as config_module
 from pgpo_jax import data, fused, keys, methods, sharding
 from pgpo_jax.command import parse
 from pgpo_jax.config import Config
-from pgpo_jax.data import Batch, Rollouts, TeacherPrompts
-from pgpo_jax.data.batch import to_rows
+from pgpo_jax.data import Batch, Rollouts, TeacherPrompts, to_rows
 from pgpo_jax.errors import command
 from pgpo_jax.evaluation import held_out, verify
 from pgpo_jax.keys import Stream

@@ -1,5 +1,7 @@
 """What holds for the project as a whole: layers, start-up, dependencies, versions, configs."""
 
+import ast
+import importlib
 import pkgutil
 import re
 import subprocess
@@ -34,6 +36,67 @@ def test_imports_point_down_only():
         [program, "--no-cache"], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def floors():
+    """The packages of the house, and what their faces show."""
+    folders = [path.parent.name for path in (ROOT / "pgpo_jax").glob("*/__init__.py")]
+    return {name: importlib.import_module(f"pgpo_jax.{name}").__all__ for name in folders}
+
+
+def reached_into(path, faces):
+    """What a file takes from the inside of a floor that it does not stand on."""
+    own = path.relative_to(ROOT / "pgpo_jax").parts[0]
+    tree, bound = ast.parse(path.read_text()), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [(*alias.name.split("."), None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules = [(*(node.module or "").split("."), alias.name) for alias in node.names]
+            if node.module == "pgpo_jax":
+                bound |= {alias.asname or alias.name: alias.name for alias in node.names}
+        else:
+            assert not isinstance(node, ast.ImportFrom), "a relative import"
+            continue
+        for package, *inside in modules:
+            if package == "pgpo_jax" and inside[0] in faces and inside[0] != own:
+                floor, name = inside[0], ".".join(filter(None, inside[1:]))
+                if name and name not in faces[floor]:
+                    yield f"{floor}.{name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            floor = bound.get(node.value.id)
+            if floor in faces and floor != own and node.attr not in faces[floor]:
+                yield f"{floor}.{node.attr}"
+
+
+# The reader of GGUF files has many names, which nothing but the conversion needs: it is a room with
+# a door of its own, so that the face stays that of Hugging Face folders.
+DOORS = {"hf.gguf"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pgpo_jax").rglob("*.py")), ids=lambda p: p.stem)
+def test_a_floor_is_entered_through_its_face(path):
+    faces = floors()
+    assert {*reached_into(path, faces)} <= DOORS
+
+
+def test_the_search_for_imports_past_a_face_finds_each_form_of_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "pgpo_jax" / "run" / "some.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import pgpo_jax.tasks.units\n"
+        "from pgpo_jax.tasks.task import Task\n"
+        "from pgpo_jax.tasks import rows, load\n"
+        "from pgpo_jax import hf, run, tasks as t\n"
+        "from pgpo_jax.run.folder import lock_folder\n"
+        "t.load(t.answers)\n"
+        "hf.load; run.folder; rows.read\n"
+    )
+    faces = {"tasks": ["load"], "hf": ["load"], "run": []}
+    found = ["tasks.units", "tasks.task.Task", "tasks.rows", "tasks.answers"]
+    assert sorted(reached_into(path, faces)) == sorted(found)
 
 
 def test_the_package_is_imported_within_four_seconds():

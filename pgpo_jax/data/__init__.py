@@ -1,7 +1,18 @@
 """From text to one batch: tokens, lengths, a replayable order, and the layout of rows."""
 
-from pgpo_jax.data import batch, packing
-from pgpo_jax.data.batch import Batch, View
+from pgpo_jax.data import packing
+from pgpo_jax.data.batch import (
+    Batch,
+    View,
+    micro_batches,
+    padding_fraction,
+    parts_of,
+    response_hidden,
+    responses_of,
+    to_mean_1,
+    to_rows,
+    to_tokens,
+)
 from pgpo_jax.data.order import batch_indices
 from pgpo_jax.data.packing import pack
 from pgpo_jax.data.records import (
@@ -35,19 +46,26 @@ __all__ = [
     "Rollouts",
     "TeacherPrompts",
     "View",
-    "batch",
     "batch_indices",
     "bucket",
     "encode",
     "left_pad",
     "letters",
     "make_examples",
+    "micro_batches",
     "names_special_tokens",
     "opening",
     "pack",
     "packing",
+    "padding_fraction",
+    "parts_of",
     "render",
+    "response_hidden",
+    "responses_of",
     "right_pad",
+    "to_mean_1",
+    "to_rows",
+    "to_tokens",
     "tokenize",
     "unmarked",
 ]

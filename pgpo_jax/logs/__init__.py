@@ -1,5 +1,6 @@
 """What a run says, how it is read back, and the alarms that watch it."""
 
+from pgpo_jax.logs import jsonl
 from pgpo_jax.logs.alarms import CONDITIONS, TRENDS, AlarmsConfig, End, Trace, Watch, follow
 from pgpo_jax.logs.reader import (
     ABSENT,
@@ -30,6 +31,7 @@ __all__ = [
     "config_differences",
     "experiments",
     "follow",
+    "jsonl",
     "read_multipliers",
     "read_runs",
     "read_samples",

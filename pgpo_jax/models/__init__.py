@@ -1,5 +1,6 @@
 """One decoder driven by a checkpoint's config.json; the only floor that knows Flax."""
 
+from pgpo_jax.models import rope
 from pgpo_jax.models.architecture import ModelConfig
 from pgpo_jax.models.decoder import (
     Decoder,
@@ -26,4 +27,5 @@ __all__ = [
     "merge",
     "param_axes",
     "param_shapes",
+    "rope",
 ]

@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 
 from pgpo_jax import fused, hf, methods, models, sampler, sharding
 from pgpo_jax.config import Config
-from pgpo_jax.data import Batch, View, bucket
-from pgpo_jax.data.batch import parts_of
+from pgpo_jax.data import Batch, View, bucket, parts_of
 from pgpo_jax.errors import InputError
 from pgpo_jax.logs import read_multipliers
 from pgpo_jax.models import ModelConfig

@@ -1,5 +1,6 @@
 """What training needs around its loop: setup, folder, session, evaluation, records, reactions."""
 
+from pgpo_jax.run import reactions
 from pgpo_jax.run.folder import compare_folder, hold_folder, lock_folder
 from pgpo_jax.run.record import Clock, records, summarise, token_columns
 from pgpo_jax.run.session import STOPPED, Session
@@ -18,6 +19,7 @@ __all__ = [
     "join",
     "load_run",
     "lock_folder",
+    "reactions",
     "records",
     "summarise",
     "token_columns",
