@@ -97,30 +97,13 @@ class ModelConfig:
                 f"model_type: got {model_type!r}; must be one of {', '.join(ARCHITECTURES)}"
             )
         defaults = ARCHITECTURES[model_type]
-        known = {field.name for field in dataclasses.fields(cls)} - {"rope", "sliding_rope"}
-        known |= FIXED.keys() | OTHER_KEYS
-        if strict and (unknown := config.keys() - known):
-            raise InputError(
-                f"architecture: got {sorted(unknown)}; must be among {', '.join(sorted(known))}"
-            )
-        for name, allowed in FIXED.items():
-            if config.get(name) not in allowed and not (
-                name == "attention_bias" and defaults.qkv_bias
-            ):
-                raise InputError(
-                    f"{name}: got {config[name]!r}; {model_type} is supported with {allowed[0]!r}"
-                )
+        _check_settings(config, model_type, strict)
 
         def size(name: str, default: int | None = None) -> int:
             value = config.get(name)
             value = default if value is None else value
             if type(value) is not int or not 0 < value <= MOST:
                 raise InputError(f"{name}: got {value!r}; must be a positive whole number")
-            return value
-
-        def token(name: str, value: Any) -> Any:
-            if value is not None and (type(value) is not int or value < 0):
-                raise InputError(f"{name}: got {value!r}; must be a token's number, or null")
             return value
 
         layers, heads, hidden = (
@@ -149,9 +132,9 @@ class ModelConfig:
         if type(tied) is not bool:
             raise InputError(f"tie_word_embeddings: got {tied!r}; must be true or false")
         if isinstance(ends, list | tuple):
-            ends = tuple(token("eos_token_id", end) for end in ends)
+            ends = tuple(_token("eos_token_id", end) for end in ends)
         else:
-            ends = token("eos_token_id", ends)
+            ends = _token("eos_token_id", ends)
         return cls(
             model_type=model_type,
             vocab_size=size("vocab_size"),
@@ -170,9 +153,9 @@ class ModelConfig:
             sliding_rope=ropes["sliding_attention"]
             if "sliding_attention" in types
             else ropes["full_attention"],
-            bos_token_id=token("bos_token_id", config.get("bos_token_id")),
+            bos_token_id=_token("bos_token_id", config.get("bos_token_id")),
             eos_token_id=ends,
-            pad_token_id=token("pad_token_id", config.get("pad_token_id")),
+            pad_token_id=_token("pad_token_id", config.get("pad_token_id")),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -204,6 +187,28 @@ class ModelConfig:
             if self.model_type in ("llama", "olmo2"):
                 del config["layer_types"], config["sliding_window"]
         return config
+
+
+def _check_settings(config: Mapping[str, Any], model_type: str, strict: bool) -> None:
+    """Refuses settings that this decoder does not compute; unknown ones too if `strict`."""
+    defaults = ARCHITECTURES[model_type]
+    known = {field.name for field in dataclasses.fields(ModelConfig)} - {"rope", "sliding_rope"}
+    known |= FIXED.keys() | OTHER_KEYS
+    if strict and (unknown := config.keys() - known):
+        raise InputError(
+            f"architecture: got {sorted(unknown)}; must be among {', '.join(sorted(known))}"
+        )
+    for name, allowed in FIXED.items():
+        if config.get(name) not in allowed and not (name == "attention_bias" and defaults.qkv_bias):
+            raise InputError(
+                f"{name}: got {config[name]!r}; {model_type} is supported with {allowed[0]!r}"
+            )
+
+
+def _token(name: str, value: Any) -> Any:
+    if value is not None and (type(value) is not int or value < 0):
+        raise InputError(f"{name}: got {value!r}; must be a token's number, or null")
+    return value
 
 
 def _sliding_window(config: Mapping[str, Any]) -> int | None:

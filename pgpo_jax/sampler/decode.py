@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from pgpo_jax import sharding
 from pgpo_jax.distributions import Vocabulary
-from pgpo_jax.models import ModelConfig, Options, make_graphdef, merge
+from pgpo_jax.models import GraphDef, ModelConfig, Options, make_graphdef, merge
 
 
 class Rule(NamedTuple):
@@ -173,22 +173,50 @@ def programs(
     """Makes the jitted functions; compiles nothing yet."""
     graphdef = make_graphdef(config, options)
     cache_dtype = jnp.dtype(rule.cache_dtype or options.dtype)
-    layers, kv_heads = range(config.num_hidden_layers), config.num_key_value_heads
     whole = sharding.replicated(mesh)
     rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
-    heads = sharding.spec(("kv_heads",), (kv_heads,), mesh)[0]
-    cache_spec = PartitionSpec(sharding.BATCH_AXES, heads)
-    stored = (NamedSharding(mesh, cache_spec),) * len(layers)
-    where: Any = State(Cache(stored, stored, rows), whole, whole, *(rows,) * 7)  # type: ignore
+    heads = sharding.spec(("kv_heads",), (config.num_key_value_heads,), mesh)[0]
+    stored = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES, heads))
+    layers: Any = (stored,) * config.num_hidden_layers
+    where: Any = State(Cache(layers, layers, rows), whole, whole, *(rows,) * 7)  # type: ignore
+    return Programs(
+        empty=counted_jit(
+            _make_empty(config, cache_dtype),
+            static_argnames=("slots", "columns"),
+            out_shardings=where,
+        ),
+        prefill=counted_jit(
+            _make_prefill(graphdef, config, cache_dtype), out_shardings=where.cache
+        ),
+        enter=counted_jit(_make_enter(mesh, heads), out_shardings=where, donate_argnums=0),
+        grow=counted_jit(
+            _make_grow(), static_argnames=("prompt_columns", "columns"), out_shardings=where
+        ),
+        decode=counted_jit(
+            _make_decode(graphdef, rule, key_type), out_shardings=(where, whole), donate_argnums=1
+        ),
+    )
+
+
+def _make_empty(config: ModelConfig, cache_dtype: Any) -> Callable[..., State]:
+    layers = range(config.num_hidden_layers)
 
     def empty(*, slots: int, columns: int) -> State:
         def zeros() -> tuple[Array, ...]:
-            shape = (slots, kv_heads, columns, config.head_dim)
+            shape = (slots, config.num_key_value_heads, columns, config.head_dim)
             return tuple(jnp.zeros(shape, cache_dtype) for _ in layers)
 
         cache = Cache(zeros(), zeros(), jnp.full((slots, columns), -1, jnp.int32))
         zero, row = jnp.zeros((), jnp.int32), jnp.zeros(slots, jnp.int32)
         return State(cache, zero, zero, row, row, row, row, row, row, row > 0)
+
+    return empty
+
+
+def _make_prefill(
+    graphdef: GraphDef, config: ModelConfig, cache_dtype: Any
+) -> Callable[..., Cache]:
+    layers = range(config.num_hidden_layers)
 
     def prefill(params: Any, tokens: Array, positions: Array) -> Cache:
         decoder = merge(graphdef, params)
@@ -200,14 +228,20 @@ def programs(
 
         return Cache(by_layer(cache.keys), by_layer(cache.values), cache.positions)
 
+    return prefill
+
+
+def _make_enter(mesh: Mesh, heads: Any) -> Callable[..., State]:
+    batch, cache_spec = sharding.BATCH_AXES, PartitionSpec(sharding.BATCH_AXES, heads)
+
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
         in_specs=(
             cache_spec,
             PartitionSpec(None, heads),
-            PartitionSpec(sharding.BATCH_AXES),
-            PartitionSpec(sharding.BATCH_AXES),
+            PartitionSpec(batch),
+            PartitionSpec(batch),
         ),
         out_specs=cache_spec,
     )
@@ -245,6 +279,12 @@ def programs(
             **{name: replace(name) for name in fields},
         )
 
+    return enter
+
+
+def _make_grow() -> Callable[..., State]:
+    """One of its own for each model: jit keeps what it compiled with the function."""
+
     def grow(state: State, *, prompt_columns: int, columns: int) -> State:
         """More columns after the ring's newest, its oldest moved to its start."""
         more = columns - state.cache.positions.shape[1]
@@ -264,6 +304,12 @@ def programs(
         steps = jnp.full((), positions.shape[1] - prompt_columns, jnp.int32)
         return state._replace(cache=cache, steps=steps)
 
+    return grow
+
+
+def _make_decode(
+    graphdef: GraphDef, rule: Rule, key_type: str
+) -> Callable[..., tuple[State, Report]]:
     def decode(
         weights: tuple[Any, ...], state: State, key_data: Array, budget: Int[Array, "2"]
     ) -> tuple[State, Report]:
@@ -310,13 +356,7 @@ def programs(
         _, state, tokens, log_probs = lax.while_loop(unfinished, step, (0, state, *blank))
         return state, Report(state.count, state.active, tokens, log_probs)
 
-    return Programs(
-        empty=counted_jit(empty, static_argnames=("slots", "columns"), out_shardings=where),
-        prefill=counted_jit(prefill, out_shardings=where.cache),
-        enter=counted_jit(enter, out_shardings=where, donate_argnums=0),
-        grow=counted_jit(grow, static_argnames=("prompt_columns", "columns"), out_shardings=where),
-        decode=counted_jit(decode, out_shardings=(where, whole), donate_argnums=1),
-    )
+    return decode
 
 
 def _feed(
