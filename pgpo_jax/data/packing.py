@@ -67,7 +67,7 @@ def pack(examples: Examples, config: DataConfig, mesh: Mesh) -> Batch:
     """This host's rows, laid out for the update; see `data.packing`.
 
     All hosts call it together and get the same shapes. Widths and numbers of rows and of response
-    tokens are sizes of `data.bucket`, so that the shapes of a run are few. Packed, there are as few
+    tokens come in steps, so that the shapes of a run are few. Packed, there are as few
     micro-batches as can be with none larger than one of padded rows: they are fuller then, and each
     reads all weights once.
 
@@ -114,16 +114,21 @@ def _measure(examples: Examples) -> _Sizes:
 
 
 def _one_a_row(sizes: _Sizes, parts: int) -> _Layout:
-    """One sequence a row, every row as wide as the longest."""
+    """One sequence a row, every row as wide as the longest prompt and the longest response.
+
+    Shapes must be few, for each is a compilation: widths are those that came in, and the response
+    tokens fill all of their columns, a half, a quarter or an eighth of them.
+    """
     members = deal(np.sum(list(sizes.totals.values()), axis=0), parts)
     each = len(sizes.lengths) // parts
     (tokens,) = sharding.agree_max([max(int(sizes.lengths[part].sum()) for part in members)])
+    halves = [-(-each * sizes.time // 2**k) for k in range(4)]
     return _Layout(
         members,
         placed={view: [[[row] for row in range(each)]] * parts for view in sizes.totals},
-        widths={view: bucket(sizes.longest[view], sizes.limits[view]) for view in sizes.totals},
+        widths=sizes.limits,
         heights=dict.fromkeys(sizes.totals, each),
-        tokens=bucket(tokens, each * sizes.time),
+        tokens=min(size for size in halves if size >= tokens),
         packed=False,
     )
 

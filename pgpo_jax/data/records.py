@@ -29,7 +29,7 @@ class Rollouts(NamedTuple):
     log_probs: Float[Host, "question sample time"]
     """Nats, of the distribution that was really sampled from."""
     texts: list[list[str]]
-    """The decoded responses, without special tokens."""
+    """The decoded responses, without the tokens that bound them."""
 
 
 class TeacherPrompts(NamedTuple):

@@ -221,18 +221,11 @@ def test_the_loss_has_the_distribution_that_was_drawn_from(sparse):
 
 def test_a_policy_that_has_not_moved_has_importance_weights_of_one(sparse):
     tokens = jnp.asarray([5, 300, 250])
-    hidden, head = jnp.zeros((3, 16)), jnp.zeros((316, 16))
-    _, terms = fused.distill(
-        hidden,
-        head,
-        hidden,
-        head,
-        tokens,
-        jnp.ones(3),
-        jnp.full(3, -np.log(260), jnp.float32),
-        config=losses.DistillationConfig(),
-        vocab_size=sparse.policy.sampling.vocabulary(),
-    )
+    side = fused.Side(jnp.zeros((3, 16)), jnp.zeros((316, 16)))
+    drawn = fused.Tokens(tokens, jnp.ones(3), jnp.full(3, -np.log(260), jnp.float32))
+    vocabulary = sparse.policy.sampling.vocabulary()
+    options = fused.Options(losses.DistillationConfig(), vocab_size=vocabulary)
+    _, terms = fused.distill(side, side, drawn, options)
     np.testing.assert_allclose(terms.token_log_probs, -np.log(260), rtol=0, atol=1e-5)
 
 
