@@ -62,8 +62,8 @@ class CheckpointConfig:
     """Resume although a field has changed that the results depend on, such as the learning rate
     after a run that ended in broken updates. The run cannot be repeated from one configuration."""
     path: str | None = None
-    """Folder or bucket (gs://...) of the checkpoints, shared by all hosts; null is
-    `<output_dir>/checkpoints`."""
+    """Folder or bucket (gs://...) of the checkpoints of this run alone, shared by all its hosts;
+    null is `<output_dir>/checkpoints`."""
 
     def __post_init__(self) -> None:
         require(

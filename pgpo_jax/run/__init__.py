@@ -1,7 +1,7 @@
 """What training needs around its loop: setup, folder, session, evaluation, records, reactions."""
 
 from pgpo_jax.run import reactions
-from pgpo_jax.run.folder import compare_folder, hold_folder, lock_folder
+from pgpo_jax.run.folder import claim_folder, hold_folder, lock_folder
 from pgpo_jax.run.record import Clock, records, summarise, token_columns
 from pgpo_jax.run.session import STOPPED, Session
 from pgpo_jax.run.setup import Run, check_rows, checkpoint_folder, describe, join, load_run
@@ -13,7 +13,7 @@ __all__ = [
     "Session",
     "check_rows",
     "checkpoint_folder",
-    "compare_folder",
+    "claim_folder",
     "describe",
     "hold_folder",
     "join",
