@@ -1,17 +1,19 @@
 """Where arrays live: the mesh and its axis rules, and what several hosts need."""
 
-from pgpo_jax.sharding.mesh import (
-    BATCH_AXES,
-    RULES,
+from pgpo_jax.sharding.hosts import (
     DistributedConfig,
-    MeshConfig,
     agree_max,
     barrier,
-    fetch,
     gather_rows,
     host_rows,
     initialize,
     is_main,
+)
+from pgpo_jax.sharding.mesh import (
+    BATCH_AXES,
+    RULES,
+    MeshConfig,
+    fetch,
     make_mesh,
     place,
     replicated,

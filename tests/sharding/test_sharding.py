@@ -15,8 +15,7 @@ from jax.sharding import PartitionSpec
 
 from pgpo_jax import sharding
 from pgpo_jax.errors import InputError
-from pgpo_jax.sharding import DistributedConfig, MeshConfig, make_mesh
-from pgpo_jax.sharding import mesh as mesh_module
+from pgpo_jax.sharding import DistributedConfig, MeshConfig, hosts, make_mesh
 
 SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 
@@ -140,12 +139,12 @@ def test_all_processes_hear_the_same_answer(present, answer):
     port, answers = free_port(), []
 
     def report(process):
-        answers.append(mesh_module._report("127.0.0.1", port, process, 20))
+        answers.append(hosts._report("127.0.0.1", port, process, 20))
 
     callers = [threading.Thread(target=report, args=(process,)) for process in present]
     for caller in callers:
         caller.start()
-    answers.append(mesh_module._gather(port, 3, 20 if len(present) == 2 else 1))
+    answers.append(hosts._gather(port, 3, 20 if len(present) == 2 else 1))
     for caller in callers:
         caller.join()
     assert answers == [answer] * (len(present) + 1)
