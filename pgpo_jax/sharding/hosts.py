@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
         heartbeat_timeout_seconds=config.heartbeat_timeout,
     )
     if address is None and count is None and process is None:
-        if _cluster_detected():
+        if (cluster := _cluster()) is not None and _meet_in(cluster, config.timeout):
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
             join()
         return
@@ -148,15 +149,66 @@ def _setting(name: str, value: int | None, variable: str) -> int | None:
         ) from None
 
 
-def _cluster_detected() -> bool:
-    """Whether JAX would find the other processes by itself (TPU pod, Slurm, MPI, Kubernetes)."""
+def _cluster() -> Any:
+    """Where JAX would find the other processes by itself (TPU pod, Slurm, MPI, Kubernetes)."""
     from jax._src.clusters import ClusterEnv
 
     # JAX takes every Kubernetes pod for a cluster, also those that are not part of a job.
     candidates = [env for env in ClusterEnv._cluster_types if not env.opt_in_only_method]
     if "JOB_COMPLETION_INDEX" not in os.environ:
         candidates = [env for env in candidates if env.__name__ != "K8sCluster"]
-    return any(env.is_env_present() for env in candidates)
+    return next((env for env in candidates if env.is_env_present()), None)
+
+
+def _meet_in(cluster: Any, timeout: int) -> bool:
+    """The roll call of the processes that a cluster started; False where there is only one.
+
+    JAX would give the single task of a Slurm step only the first of the devices that it may use.
+    """
+    try:
+        count, process = cluster.get_process_count(), cluster.get_process_id()
+        if count == 1:
+            return False
+        port = os.environ.get("JAX_COORDINATOR_PORT")
+        address = cluster.get_coordinator_address(
+            timeout_secs=timeout, override_coordinator_port=port
+        )
+        host, _, port = address.rpartition(":")
+        port = int(port)
+    except (AttributeError, TypeError, ValueError, KeyError):  # JAX's own, and may change
+        return True
+    _roll_call(host.strip("[]"), port, count, process, timeout, _slurm_nodes(count))
+    return True
+
+
+def _slurm_nodes(count: int) -> list[str]:
+    """The node of every task of a Slurm step; empty where its variables do not say."""
+    nodes = _node_names(os.environ.get("SLURM_STEP_NODELIST", ""))
+    blocks = os.environ.get("SLURM_DISTRIBUTION", "block").startswith("block")
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)
+    a_node = [int(tasks) for tasks, times in counts for _ in range(int(times or 1))]
+    found = [node for node, tasks in zip(nodes, a_node, strict=False) for _ in range(tasks)]
+    return found if blocks and len(found) == count and len(nodes) == len(a_node) else []
+
+
+def _node_names(nodes: str) -> list[str]:
+    """Names in a list of Slurm's, such as `gpu[01-03,07],login`."""
+    found = []
+    for part in re.split(r",(?![^\[]*\])", nodes) if nodes else []:
+        form = re.fullmatch(r"([^\[\]]+)(?:\[([^\[\]]*)\])?([^\[\]]*)", part)
+        if form is None:
+            return []
+        name, ranges, end = form.groups(default="")
+        if not ranges:
+            found.append(name + end)
+        for part in ranges.split(",") if ranges else []:
+            first, _, last = part.partition("-")
+            if not (first.isdigit() and (last or first).isdigit()):
+                return []
+            numbers = range(int(first), int(last or first) + 1)
+            found += [f"{name}{number:0{len(first)}}{end}" for number in numbers]
+    return found
 
 
 def rows_of(process: int, count: int) -> slice:
@@ -164,15 +216,20 @@ def rows_of(process: int, count: int) -> slice:
     return slice(count * process // processes, count * (process + 1) // processes)
 
 
-def _roll_call(host: str, port: int, count: int, process: int, timeout: float) -> None:
+def _roll_call(
+    host: str, port: int, count: int, process: int, timeout: float, nodes: Sequence[str] = ()
+) -> None:
     """All meet at process 0's port before JAX does, or all end with the numbers of the missing.
 
     Process 0 listens; the others send their number and wait for an answer: "go", or the missing.
+    `nodes` names the host of every process, where that is known.
     """
     answer = _report(host, port, process, timeout) if process else _gather(port, count, timeout)
     if answer != "go":
+        missing = sorted({nodes[int(i)] for i in answer.split(", ")}) if nodes else []
+        where = f" on {', '.join(missing)}" if missing else ""
         raise TimeoutError(
-            f"distributed: process {answer} of {count} did not come within {timeout:g} s "
+            f"distributed: process {answer} of {count}{where} did not come within {timeout:g} s "
             f"(coordinator {host}:{port})"
         )
 

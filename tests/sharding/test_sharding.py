@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -150,6 +151,58 @@ def test_all_processes_hear_the_same_answer(present, answer):
     assert answers == [answer] * (len(present) + 1)
 
 
+@pytest.mark.parametrize(
+    "nodes, names",
+    [
+        ("login", ["login"]),
+        ("a,b", ["a", "b"]),
+        ("gpu[008-010,7],login", ["gpu008", "gpu009", "gpu010", "gpu7", "login"]),
+        ("a[1-2]-ib,10.0.0.1", ["a1-ib", "a2-ib", "10.0.0.1"]),
+        ("a[1-2]b[1-2]", []),
+        ("", []),
+    ],
+)
+def test_slurms_lists_of_nodes_are_read(nodes, names):
+    assert hosts._node_names(nodes) == names
+
+
+def slurm(rank, count, tasks, **variables):
+    return {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_NODELIST": "127.0.0.1,node[2-3]",
+        "SLURM_STEP_TASKS_PER_NODE": tasks,
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+        **variables,
+    }
+
+
+@pytest.mark.parametrize(
+    "rank, tasks, more, missing",
+    [
+        (0, "1(x3)", {}, "process 1, 2 of 3 on node2, node3"),
+        (0, "1,2", {}, "process 1, 2 of 3"),
+        (1, "1(x3)", {}, "process 0 of 3 on 127.0.0.1"),
+        (0, "1(x3)", {"SLURM_DISTRIBUTION": "cyclic"}, "process 1, 2 of 3"),
+    ],
+)
+def test_tasks_of_slurm_that_never_came_are_named(rank, tasks, more, missing, monkeypatch):
+    for name, value in slurm(rank, 3, tasks, **more).items():
+        monkeypatch.setenv(name, value)
+    line = f"distributed: {re.escape(missing)} did not come within 1 s"
+    with pytest.raises(TimeoutError, match=line):
+        sharding.initialize(DistributedConfig(timeout=1))
+
+
+def test_the_single_task_of_a_slurm_step_sees_all_its_devices(monkeypatch):
+    for name, value in slurm(0, 1, "1").items():
+        monkeypatch.setenv(name, value)
+    sharding.initialize()
+    assert not jax.distributed.is_initialized()
+
+
 PROGRAM = """
 import json, os, sys
 import jax, numpy as np
@@ -182,23 +235,31 @@ os._exit(0)  # without the farewell, for which the other process would have to w
 """
 
 
-@pytest.mark.slow
-def test_two_processes_exchange_rows_on_every_mesh(tmp_path):
-    script = tmp_path / "program.py"
-    script.write_text(textwrap.dedent(PROGRAM))
-    shared = {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+def stated(rank, port):
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": "2",
-        "PYTHONPATH": os.getcwd(),
+        "JAX_PROCESS_ID": str(rank),
     }
+
+
+def detected(rank, port):
+    return slurm(rank, 2, "2", JAX_COORDINATOR_PORT=str(port))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [stated, detected])
+def test_two_processes_exchange_rows_on_every_mesh(how, tmp_path):
+    script, port = tmp_path / "program.py", free_port()
+    script.write_text(textwrap.dedent(PROGRAM))
     started = [
         subprocess.Popen(
             [sys.executable, str(script)],
-            env=os.environ | shared | {"JAX_PROCESS_ID": str(process)},
+            env=os.environ | {"PYTHONPATH": os.getcwd()} | how(rank, port),
             stdout=subprocess.PIPE,
             text=True,
         )
-        for process in range(2)
+        for rank in range(2)
     ]
     said = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in started]
     assert [line["agreed"] for line in said] == [[1, 0], [1, 0]]
