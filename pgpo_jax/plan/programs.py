@@ -207,36 +207,9 @@ def lower_sampler(setup: Setup) -> dict[str, sampler.Lowered]:
 
 
 def whole_arrays(setup: Setup) -> list[dict[str, Any]]:
-    """Parameters whose axis the mesh was to split but does not divide; every device holds it whole.
-
-    Each with its name, the logical axis and its size, the mesh axis and its parts, and the bytes of
-    one device in float32; the optimizer and the teacher hold as much again for each of theirs.
-    """
-    shapes = jax.tree.leaves_with_path(models.param_shapes(setup.architecture))
-    axes = jax.tree.leaves(
-        models.param_axes(setup.architecture), is_leaf=lambda x: isinstance(x, tuple)
-    )
-    found = []
-    for (path, shape), names in zip(shapes, axes, strict=True):
-        where = sharding.spec(names, shape.shape, setup.mesh)
-        place = jax.sharding.NamedSharding(setup.mesh, where)
-        size = math.prod(place.shard_shape(shape.shape)) * shape.dtype.itemsize
-        for axis, length, used in zip(names, shape.shape, where, strict=True):
-            rule = sharding.RULES[axis] if axis is not None else None
-            over = (rule,) if isinstance(rule, str) else (rule or ())
-            parts = math.prod(setup.mesh.shape[name] for name in over)
-            if parts > 1 and used is None:
-                found.append(
-                    {
-                        "name": ".".join(str(key.key) for key in path),
-                        "axis": axis,
-                        "size": length,
-                        "mesh_axis": " x ".join(over),
-                        "parts": parts,
-                        "bytes": size,
-                    }
-                )
-    return found
+    """Parameters whose axis the mesh was to split but does not divide: `sharding.whole_arrays`."""
+    axes, shapes = (f(setup.architecture) for f in (models.param_axes, models.param_shapes))
+    return [array._asdict() for array in sharding.whole_arrays(axes, shapes, setup.mesh)]
 
 
 def shard_bytes(tree: Any) -> int:

@@ -88,6 +88,8 @@ class Session:
         # Not before: what is written since the checkpoint is dropped.
         self.writer = self._stack.enter_context(self._open_writer(saved.get("files")))
         self.writer.say(describe(self._run))
+        for note in self._run.notes:
+            self.writer.warn(note)
         lines, warnings = preview(self._run)
         for line in [*self._run.task.notes, *lines]:
             self.writer.say(line)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from pgpo_jax import hf, keys, sharding, tasks
+from pgpo_jax import hf, keys, models, sharding, tasks
 from pgpo_jax.config import Config, load
 from pgpo_jax.data import CLOCK
 from pgpo_jax.errors import InputError
@@ -36,6 +36,8 @@ class Run(NamedTuple):
     """Its weights."""
     source: str = ""
     """The files that the weights are from, in words."""
+    notes: tuple[str, ...] = ()
+    """What should be known of the devices before they work, a sentence each."""
 
 
 def join(config: Config) -> Mesh:
@@ -70,7 +72,9 @@ def load_run(config: Config, mesh: Mesh | None = None) -> Run:
     policy = Policy(model.graphdef, tokenizer, mesh, sampling, config.data)
     path = config.model.path
     source = "" if path is None else hf.describe_files(path)
-    run = Run(config, task, policy, reprompt, model.params, source=source)
+    axes, shapes = (f(model.config) for f in (models.param_axes, models.param_shapes))
+    notes = tuple(sharding.describe_whole(axes, shapes, mesh))
+    run = Run(config, task, policy, reprompt, model.params, source=source, notes=notes)
     if config.teacher.path is None:
         return run
     return _with_teacher(run, model.config.vocab_size)

@@ -13,6 +13,7 @@ from pgpo_jax.sharding.mesh import (
     BATCH_AXES,
     RULES,
     MeshConfig,
+    describe_whole,
     fetch,
     make_mesh,
     place,
@@ -22,6 +23,7 @@ from pgpo_jax.sharding.mesh import (
     spec,
     to_global,
     to_host,
+    whole_arrays,
 )
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "MeshConfig",
     "agree_max",
     "barrier",
+    "describe_whole",
     "fetch",
     "gather_rows",
     "host_rows",
@@ -44,4 +47,5 @@ __all__ = [
     "spec",
     "to_global",
     "to_host",
+    "whole_arrays",
 ]

@@ -6,8 +6,9 @@ rows `host_rows` gives it, passes only those to `to_global` and gets only those 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -91,9 +92,8 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Partit
     """Logical axes of one array -> its partition, by `RULES`; what does not divide stays whole."""
     entries = []
     for axis, size in zip(axes, shape, strict=True):
+        parts = math.prod(mesh.shape[name] for name in _mesh_axes(axis))
         rule = None if axis is None else RULES[axis]
-        names = (rule,) if isinstance(rule, str) else (rule or ())
-        parts = int(np.prod([mesh.shape[name] for name in names]))
         entries.append(rule if parts > 1 and size % parts == 0 else None)
     return PartitionSpec(*entries)
 
@@ -103,6 +103,79 @@ def shardings(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda x, axes: NamedSharding(mesh, spec(axes, x.shape, mesh)), shapes_tree, axes_tree
     )
+
+
+class WholeArray(NamedTuple):
+    """An axis of an array that the mesh was to split but does not divide."""
+
+    name: str
+    axis: str
+    """The logical axis, a key of `RULES`."""
+    size: int
+    mesh_axis: str
+    parts: int
+    bytes: int
+    """What one device holds of the array."""
+
+
+def whole_arrays(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> list[WholeArray]:
+    """Arrays that stay whole over a mesh axis because it does not divide them, axis by axis."""
+    axes = jax.tree.leaves(axes_tree, is_leaf=lambda x: isinstance(x, tuple))
+    found = []
+    for (path, shape), names in zip(jax.tree.leaves_with_path(shapes_tree), axes, strict=True):
+        where = spec(names, shape.shape, mesh)
+        part = NamedSharding(mesh, where).shard_shape(shape.shape)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        for axis, size, used in zip(names, shape.shape, where, strict=True):
+            over = _mesh_axes(axis)
+            parts = math.prod(mesh.shape[name] for name in over)
+            if parts > 1 and used is None:
+                here = math.prod(part) * shape.dtype.itemsize
+                found.append(WholeArray(name, axis, size, " x ".join(over), parts, here))
+    return found
+
+
+def describe_whole(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> list[str]:
+    """What a mesh does not split of some arrays, in a sentence for people; empty if nothing."""
+    found = whole_arrays(axes_tree, shapes_tree, mesh)
+    if not found:
+        return []
+    placed = jax.tree.leaves(shardings(axes_tree, shapes_tree, mesh))
+    shapes = jax.tree.leaves(shapes_tree)
+    here = sum(
+        math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
+        for place, x in zip(placed, shapes, strict=True)
+    )
+    split = {name for place in placed for name in jax.tree.leaves(tuple(place.spec))}
+    lines = [
+        f"mesh.{axis} = {mesh.shape[axis]} divides no array of the model"
+        for axis in ("fsdp", "tensor")
+        if mesh.shape[axis] > 1 and axis not in split
+    ]
+    found.sort(key=lambda array: -array.bytes)
+    shown = [
+        f"{array.name} ({array.axis} {array.size} over {array.mesh_axis} {array.parts}, "
+        f"{array.bytes / 2**30:.2f} GiB)"
+        for array in found[:3]
+    ]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return [
+        "; ".join(
+            [
+                *lines,
+                f"every device holds whole what its mesh axis does not divide: {', '.join(shown)}"
+                f"{more}",
+                f"{here / 2**30:.2f} GiB of parameters a device, and as much again for the "
+                "teacher and for each moment of the optimizer",
+            ]
+        )
+    ]
+
+
+def _mesh_axes(axis: str | None) -> tuple[str, ...]:
+    """The mesh axes that a logical axis is split over."""
+    rule = None if axis is None else RULES[axis]
+    return (rule,) if isinstance(rule, str) else (rule or ())
 
 
 def row_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:

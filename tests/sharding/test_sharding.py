@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from pgpo_jax import sharding
 from pgpo_jax.errors import InputError
+from pgpo_jax.models import ModelConfig, param_axes, param_shapes
 from pgpo_jax.sharding import DistributedConfig, MeshConfig, hosts, make_mesh
 
 SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
@@ -55,6 +56,48 @@ def test_axes_that_do_not_divide_stay_whole():
     assert sharding.spec(axes, (3, 7, 3, 5), mesh) == PartitionSpec(None, None, None, None)
     assert sharding.spec(("row", None), (4, 3), mesh) == PartitionSpec(("data", "fsdp"), None)
     assert sharding.spec(("row", None), (6, 3), mesh) == PartitionSpec(None, None)
+
+
+QWEN3_8B = ModelConfig.from_hf(
+    {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        (
+            (1, 3, 1),
+            [
+                "mesh.fsdp = 3 divides no array of the model; every device holds whole",
+                "(embed 4096 over fsdp 3, ",
+                " more; 30.51 GiB of parameters a device",
+            ],
+        ),
+        (
+            (1, 1, 3),
+            ["every device holds whole", "embed_tokens (vocab 151936 over tensor 3, 2.32 GiB)"],
+        ),
+        ((1, 8, 1), []),
+        ((2, 2, 2), []),
+        ((8, 1, 1), []),
+    ],
+)
+def test_what_a_mesh_does_not_split_is_said_with_the_bytes_of_a_device(sizes, words):
+    axes, shapes = param_axes(QWEN3_8B), param_shapes(QWEN3_8B)
+    told = sharding.describe_whole(axes, shapes, make_mesh(MeshConfig(*sizes)))
+    assert len(told) == bool(words)
+    for word in words:
+        assert word in told[0]
 
 
 def test_axes_of_size_one_leave_arrays_whole():
