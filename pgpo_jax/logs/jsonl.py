@@ -1,4 +1,4 @@
-"""JSON-lines files: appended to in whole lines, cut where a run resumes, and compared."""
+"""JSON-lines files: appended to in whole lines, cut where a run resumes, read and compared."""
 
 import contextlib
 import glob
@@ -7,7 +7,10 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from pgpo_jax import fields
+from pgpo_jax.errors import InputError
 
 MEASURED = ("time/", "tokens_per_second/", "compilations")
 """Metrics that differ between equal runs."""
@@ -69,20 +72,55 @@ class Lines:
             del self._waiting[0]
 
 
+class Line(NamedTuple):
+    """A line of a file, and what it holds."""
+
+    number: int
+    text: bytes
+    row: dict[str, Any]
+    """Its object; empty where the line holds none."""
+    problem: str = ""
+    """What it holds instead of an object."""
+    torn: bool = False
+    """Whether it is no JSON, as the last line of a run that was killed may be."""
+
+
+def read(path: str | os.PathLike[str]) -> Iterator[Line]:
+    """The lines of a file that are not blank; what they hold instead of objects is the reader's."""
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, start=1):
+            if text.strip():
+                yield _line(number, text)
+
+
+def _line(number: int, text: bytes) -> Line:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        return Line(number, text, {}, f"{error.msg} (column {error.colno})", torn=True)
+    except (ValueError, RecursionError) as error:  # no UTF-8, a number or depth beyond Python's
+        return Line(number, text, {}, str(error), torn=True)
+    if isinstance(row, dict):
+        return Line(number, text, row)
+    return Line(number, text, {}, fields.show(row))
+
+
 def _drop_rows_after(path: Path, step: int) -> None:
     kept = []
-    if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # the line at which a run was killed
-                if row["step"] <= step:
-                    kept.append(line if line.endswith("\n") else line + "\n")
+    for line in read(path) if path.exists() else ():
+        if line.torn:  # there a run was killed
+            continue
+        last = line.row.get("step")
+        if not isinstance(last, int):
+            raise InputError(
+                f"output_dir: {path}:{line.number}: got {line.problem or 'no step'}; must be one "
+                "JSON object with its step"
+            )
+        if last <= step:
+            kept.append(line.text.rstrip(b"\n") + b"\n")
     # Through a second file, so that a crash here cannot lose the history.
     fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.write_bytes(b"".join(kept))
     fresh.replace(path)
 
 
@@ -102,9 +140,10 @@ def differences(one: str, other: str) -> Iterator[str]:
 
 
 def _rows(path: str) -> list[dict[str, Any]]:
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    # NaN would differ from itself; as text it does not.
-    return [{k: str(v) for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
+    rows = []
+    for line in read(path) if os.path.exists(path) else ():
+        if line.problem:
+            raise InputError(f"RUN: {path}:{line.number}: got {line.problem}; must be one object")
+        # NaN would differ from itself; as text it does not.
+        rows.append({k: str(v) for k, v in line.row.items() if not k.startswith(MEASURED)})
+    return rows

@@ -15,6 +15,7 @@ import numpy as np
 
 from pgpo_jax import fields
 from pgpo_jax.errors import InputError, printable
+from pgpo_jax.logs import jsonl
 
 # What may differ between two runs of the same experiment: where and how it is computed and told.
 ARRANGEMENT = ("seed", "output_dir", "mesh", "distributed", "metrics", "checkpoint")
@@ -105,14 +106,17 @@ def read_multipliers(path: str | None) -> list[float]:
     if path is None:
         return []
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
         if path.endswith(".jsonl"):
-            rows = [json.loads(line) for line in text.splitlines()]
-            found = [row["multiplier"] for row in rows if row.get("skipped") == 0]
+            found = []
+            for line in jsonl.read(path):
+                if line.problem:
+                    raise ValueError(f"line {line.number}: {line.problem}")
+                if line.row.get("skipped") == 0:
+                    found.append(line.row["multiplier"])
         else:
-            found = json.loads(text)
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+            with open(path, encoding="utf-8") as file:
+                found = json.load(file)
+    except (OSError, ValueError, RecursionError, KeyError) as error:
         raise InputError(
             f"optimizer.replay: {path} cannot be read ({type(error).__name__}: {error}); give the "
             "metrics.jsonl of a run, or a JSON list of numbers"
@@ -224,38 +228,27 @@ def _number(value: Any) -> float | None:
 
 def _rows(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file with their steps; a torn last line becomes a note."""
+    torn = ""
     try:
-        with path.open("rb") as file:
-            torn = ""
-            for number, line in enumerate(file, start=1):
-                if torn:  # and not at the end
-                    raise InputError(torn)
-                if not line.strip():
-                    continue
-                where = f"RUN: {path}:{number}: got"
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    torn = f"{where} {_problem(error)}; must be one JSON object"
-                    continue
-                if not isinstance(row, dict):
-                    raise InputError(f"{where} {fields.show(row)}; must be one JSON object")
-                step = row.get("step")
-                if type(step) is not int or not 0 <= step < 2**53:
-                    raise InputError(
-                        f"{where} the step {fields.show(step)}; must be a whole number, at least 0"
-                    )
-                yield row
+        for line in jsonl.read(path):
+            if torn:  # and not at the end
+                raise InputError(torn)
+            where = f"RUN: {path}:{line.number}: got"
+            if line.torn:
+                torn = f"{where} {line.problem}; must be one JSON object"
+                continue
+            if line.problem:
+                raise InputError(f"{where} {line.problem}; must be one JSON object")
+            step = line.row.get("step")
+            if type(step) is not int or not 0 <= step < 2**53:
+                raise InputError(
+                    f"{where} the step {fields.show(step)}; must be a whole number, at least 0"
+                )
+            yield line.row
     except OSError as error:
         raise InputError(f"RUN: {path} cannot be read ({error.strerror})") from error
     if torn:
         notes.append(f"the last line of {path.name} is torn and was left out")
-
-
-def _problem(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} (column {error.colno})"
-    return str(error)
 
 
 def _dotted(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
