@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pgpo_jax import convert, data, errors, tasks
 from pgpo_jax.errors import InputError
-from pgpo_jax.logs import writer
+from pgpo_jax.logs import Writer, console
 from pgpo_jax.tasks import mathematics, verifiers
 
 ROOT = Path(__file__).parent.parent
@@ -198,8 +198,8 @@ WRITTEN_OUT = r"\x1b[2J\x1b]0;title\x07\x9b31m\u202eabc\x08"
 @pytest.mark.parametrize("terminal", [False, True])
 def test_escape_sequences_do_not_reach_the_console(terminal, tmp_path, capsys, monkeypatch):
     if terminal:
-        monkeypatch.setattr(writer, "Console", lambda **options: Console(force_terminal=True))
-    with writer.Writer(tmp_path, total_steps=1) as out:
+        monkeypatch.setattr(console, "RichConsole", lambda **options: Console(force_terminal=True))
+    with Writer(tmp_path, total_steps=1) as out:
         out.table("answers", [{"question": ESCAPES, "response": ESCAPES, "reward": 0.0}])
         out.say(ESCAPES)
         out.warn(ESCAPES)

@@ -13,7 +13,8 @@ from pgpo_jax.logs.reader import (
     read_runs,
     read_samples,
 )
-from pgpo_jax.logs.writer import MetricsConfig, Writer
+from pgpo_jax.logs.trackers import MetricsConfig
+from pgpo_jax.logs.writer import Writer
 
 __all__ = [
     "ABSENT",

@@ -10,87 +10,23 @@ have, become null. A resumed run cuts its files where they ended when its checkp
 appends, so a file reads as if the run had never stopped. Rows that find no space stay in memory
 until there is some; a file holds whole lines only.
 
-The console shows progress with the time left (a bar on a terminal, otherwise a line every so
-often), sample responses, and warnings in plain words (those of `watch.py`).
+The console shows progress, sample responses, and warnings (those of `alarms.py`).
 """
 
 import contextlib
-import importlib
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column, Table
-from rich.text import Text
-
-from pgpo_jax.errors import InputError, printable, require
+from pgpo_jax.errors import InputError
 from pgpo_jax.logs.alarms import is_number
-from pgpo_jax.logs.identity import Identity, identify
+from pgpo_jax.logs.console import Console, Row, summary
+from pgpo_jax.logs.identity import identify
 from pgpo_jax.logs.jsonl import Lines
-
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class MetricsConfig:
-    """What a run reports besides its two files (config section `metrics`)."""
-
-    trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
-    """Where metrics go besides metrics.jsonl; `pip install 'pgpo_jax[trackers]'` brings them."""
-    project: str = "pgpo_jax"
-    """The project's name in a tracker."""
-    name: str | None = None
-    """The run's name in a tracker; null is the name of the output folder. trackio
-    adds the run's id, by which a resumed run is the same one."""
-    estimators: tuple[
-        Literal["entropy_gap", "conditional_kl", "jensen_shannon", "pointwise"], ...
-    ] = ()
-    """Further estimates of the information to log, besides the one that the multiplier reads."""
-    log_seconds: float = 10.0
-    """Seconds between progress lines where stdout is not a terminal; 0 prints every step."""
-    samples_per_step: int = 8
-    """Responses written to samples.jsonl at each step, of different questions first."""
-    samples_shown: int = 3
-    """How many of them the console shows."""
-    samples_shown_every: int = 20
-    """Steps between two such tables; 0 = never."""
-
-    def __post_init__(self) -> None:
-        amounts = ("log_seconds", "samples_per_step", "samples_shown", "samples_shown_every")
-        rules = {name: (getattr(self, name) >= 0, "at least 0") for name in amounts}
-        require("metrics", self, **rules)
-
-
-# What a progress line shows, where a row has it, and how.
-SHOWN = {
-    "loss": "loss {:.4f}",
-    "information": "information {:.3f}",
-    "multiplier": "multiplier {:.2f}",
-    "reward/mean": "reward {:.3f}",
-    "context_fraction": "context {:.0%}",
-    "response_length/mean": "length {:.0f}",
-    "accuracy": "accuracy {:.1%}",
-    "eval/avg@16": "avg@16 {:.1%}",
-    "eval/pass@16": "pass@16 {:.1%}",
-    "eval/format": "well-formed {:.0%}",
-}
+from pgpo_jax.logs.trackers import TRACKERS, MetricsConfig, Tracker
 
 
 class Writer:
@@ -125,10 +61,7 @@ class Writer:
         self._config = config or MetricsConfig()
         self._active = active
         self._total = total_steps
-        self._bars: dict[str, TaskID] = {}
-        self._phases: dict[str, _Phase] = {}
-        self._console = Console(highlight=False)
-        self._progress: Progress | None = None
+        self._console = Console(self._config.log_seconds, active)
         self._trackers: list[Tracker] = []
         self._closed = not active
         if not active:
@@ -178,7 +111,7 @@ class Writer:
         if "loss" in plain:
             self.progress("train", step, self._total, plain)
         else:
-            self.say(f"step {step}: {_summary(plain)}")
+            self.say(f"step {step}: {summary(plain)}")
         for warning in warnings:
             self.warn(f"step {step}: {warning}")
 
@@ -234,189 +167,31 @@ class Writer:
                 )
 
     def progress(self, phase: str, done: int, total: int, row: Row | None = None) -> None:
-        """Tells how far a phase ("warm start", "train") is; writes no file.
-
-        Args:
-          phase: Its name.
-          done: Steps done, of `total`.
-          row: Its latest metrics, of which `SHOWN` names the ones to show.
-        """
-        if not self._active:
-            return
-        text = _summary(row or {})
-        if self._console.is_terminal:
-            if self._progress is None:
-                self._progress = _make_progress(self._console)
-                self._progress.start()
-            if phase not in self._bars:
-                self._bars[phase] = self._progress.add_task(phase, total=total, text="")
-                # The steps that an earlier run did must not count into the speed of this one.
-                self._progress.reset(self._bars[phase], completed=max(done - 1, 0))
-            self._progress.update(self._bars[phase], completed=done, text=text)
-            return
-        state = self._phases.setdefault(phase, _Phase(time.monotonic(), done))
-        now = time.monotonic()
-        if state.said is not None and done < total and now - state.said < self._config.log_seconds:
-            return
-        state.said = now
-        left = ""
-        if state.first < done < total:
-            seconds = (now - state.started) / (done - state.first)
-            left = f", {seconds:.2g} s a step, {_duration(seconds * (total - done))} left"
-        self.say(f"{phase} {done}/{total}: {text}{left}")
+        """Tells how far a phase is; see `Console.progress`."""
+        self._console.progress(phase, done, total, row)
 
     def table(self, title: str, rows: Sequence[Row]) -> None:
-        """Shows rows with the same keys as a small table (as lines where there is no terminal)."""
-        if not self._active or not rows:
-            return
-        cells = [[_short(value) for value in row.values()] for row in rows]
-        if not self._console.is_terminal:
-            self.say(f"{title} ({' | '.join(rows[0])})")
-            for row in cells:
-                self.say("  " + " | ".join(row))
-            return
-        table = Table(title=title, title_justify="left", show_lines=True)
-        for name in rows[0]:
-            table.add_column(name, overflow="fold")
-        for row in cells:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        self._console.print(table)
+        """Shows rows with the same keys as a small table."""
+        self._console.table(title, rows)
 
     def say(self, text: str) -> None:
-        """Prints a line, above the progress bar where there is one."""
-        if not self._active:
-            return
-        text = printable(text)
-        # On a terminal rich wraps and moves the bar; a log gets the line as it is, at once.
-        # A log that is full, or a reader that went away, must not end the run.
-        with contextlib.suppress(OSError):
-            if self._console.is_terminal:
-                self._console.print(Text(text))
-            else:
-                print(text, file=sys.stdout, flush=True)
+        """Prints a line."""
+        self._console.say(text)
 
     def warn(self, text: str) -> None:
         """Prints a warning."""
-        self.say(f"warning: {text}")
+        self._console.warn(text)
 
     def close(self) -> None:
         """Ends the progress display, the files and the trackers."""
         if self._closed:
             return
         self._closed = True
-        if self._progress is not None:
-            self._progress.stop()
+        self._console.close()
         for file in self._files.values():
             file.close()
         for tracker in self._trackers:
             tracker.close()
-
-
-class Tracker(NamedTuple):
-    """Somewhere else that metrics go."""
-
-    log: Callable[[int, dict[str, float]], Any]
-    close: Callable[[], Any]
-
-
-def _wandb(
-    config: MetricsConfig,
-    folder: Path,
-    run: dict[str, Any],
-    start: int | None,
-    identity: Identity,
-) -> Tracker:
-    wandb = _import("wandb")
-    session = wandb.init(
-        project=config.project,
-        id=identity.id,
-        name=identity.name,
-        dir=str(folder),
-        config=run,
-        resume="never" if start is None else "allow",
-    )
-    return Tracker(_after(identity.sent, session.log), session.finish)
-
-
-def _after(sent: int, log: Callable[..., Any]) -> Callable[[int, dict[str, float]], Any]:
-    """Sends the rows of steps that were not sent before."""
-    return lambda step, row: log(row, step=step) if step > sent else None
-
-
-def _tensorboard(
-    config: MetricsConfig,
-    folder: Path,
-    run: dict[str, Any],
-    start: int | None,
-    identity: Identity,
-) -> Tracker:
-    del run, identity  # TensorBoard has no place for them
-    purge = None if start is None else start + 1
-    writer = _import("tensorboardX").SummaryWriter(
-        str(folder / "tensorboard" / (config.name or "")), purge_step=purge
-    )
-
-    def log(step: int, row: dict[str, float]) -> None:
-        for name, value in row.items():
-            writer.add_scalar(name, value, step)
-
-    return Tracker(log, writer.close)
-
-
-def _trackio(
-    config: MetricsConfig,
-    folder: Path,
-    run: dict[str, Any],
-    start: int | None,
-    identity: Identity,
-) -> Tracker:
-    del folder
-    trackio = _import("trackio")
-    trackio.init(
-        project=config.project,
-        name=f"{identity.name}-{identity.id}",  # it goes on with a run by its name
-        config=run,
-        resume="never" if start is None else "allow",
-    )
-    return Tracker(_after(identity.sent, trackio.log), trackio.finish)
-
-
-TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard, "trackio": _trackio}
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(
-            f"metrics.trackers: got {name}, which is not installed; "
-            "pip install 'pgpo_jax[trackers]', or drop it"
-        ) from error
-
-
-@dataclass
-class _Phase:
-    """Of a phase that is told in lines: when and where it began, and when it was last told."""
-
-    started: float
-    first: int
-    said: float | None = None
-
-
-def _make_progress(console: Console) -> Progress:
-    # A long text is cut, not the times before it.
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
-        TextColumn("left"),
-        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
-        TextColumn("{task.fields[text]}"),
-        console=console,
-        refresh_per_second=2,
-        speed_estimate_period=3600,  # a step may take minutes
-    )
 
 
 @contextlib.contextmanager
@@ -442,17 +217,6 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _summary(row: Row) -> str:
-    shown = [form.format(row[name]) for name, form in SHOWN.items() if is_number(row.get(name))]
-    return " ".join(shown)
-
-
-def _short(value: Any, limit: int = 300) -> str:
-    """One line of at most `limit` characters, the middle of a longer text left out."""
-    text = f"{value:.3g}" if isinstance(value, float) else " ".join(str(value).split())
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-
-
 def _different_first(records: list[Row], count: int) -> list[int]:
     """Numbers of at most `count` records: the first of each prompt, then the others."""
     first: dict[str, int] = {}
@@ -460,9 +224,3 @@ def _different_first(records: list[Row], count: int) -> list[int]:
         first.setdefault(record["prompt"], index)
     others = (index for index in range(len(records)) if index not in set(first.values()))
     return [*first.values(), *others][:count]
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
