@@ -145,6 +145,7 @@ def _load(path: str | None, arguments: Arguments, values: Mapping[str, Any]) -> 
     tree = {} if path is None else _read_on_base(path, arguments.options.get("--base"))
     if path is not None and _is_of_a_run(path):
         tree["output_dir"] = os.path.dirname(path) or "."  # the folder may have been moved
+        _forget_old_defaults(tree)
     kinds = fields.kinds(Config)
     for name, value in (arguments.fields | {**values}).items():
         *sections, last = name.split(".")
@@ -164,6 +165,18 @@ def _is_of_a_run(path: str) -> bool:
     """Whether a file is the configuration that a run left in its folder."""
     folder, name = os.path.split(path)
     return name == "config.yaml" and os.path.exists(os.path.join(folder, "metrics.jsonl"))
+
+
+def _forget_old_defaults(tree: dict[str, Any]) -> None:
+    """Takes out of a run's own file what an earlier version wrote there and did not mean.
+
+    A run states every field, so one without `task.columns` is from before there were `columns`.
+    Then `test_split` was `test` by default, also where there are no splits, and was read as it now
+    is by default: the split `test` if there is one, else `test_fraction`.
+    """
+    task = tree.get("task")
+    if isinstance(task, dict) and "columns" not in task and task.get("test_split") == "test":
+        del task["test_split"]
 
 
 def dump(config: Config) -> str:

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from pgpo_jax import config, fields, train
+from pgpo_jax import config, fields, tasks, train
 from pgpo_jax.errors import InputError
 
 CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/**/*.yaml"))
@@ -106,6 +106,61 @@ def test_what_is_encoded_is_decoded_as_the_same():
     assert encoded["metrics"]["trackers"] == ["wandb"]  # plain values only, as YAML has them
     assert encoded["data"]["template_options"] == {"a": [1, {"b": None}]}
     assert fields.decode(config.Config, encoded) == loaded
+
+
+EARLIER = """
+task: {name: %s, path: %s, test_path: %s, subset: null, train_split: train, test_split: %s,
+  test_fraction: 0.1, verifier: %s}
+output_dir: elsewhere
+"""
+"""The section as a run of an earlier version wrote it: every field, and a split by default."""
+
+
+def old_run(folder, text):
+    (folder / "config.yaml").write_text(text)
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+    return str(folder / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        ("addition", "null", "null", "test", "null"),
+        ("sciknoweval", "null", "null", "test", "null"),
+        ("dataset", "QUESTIONS", "null", "test", "exact"),
+        ("dataset", "QUESTIONS", "QUESTIONS", "test", "exact"),
+        ("dataset", "some/hub_data", "null", "test", "exact"),
+    ],
+    ids=["built in", "sciknoweval", "one file", "a file held out", "a hub data set"],
+)
+def test_a_run_of_an_earlier_version_is_read_without_the_split_that_it_did_not_mean(task, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "1", "answer": "1"}\n' * 10)
+    text = (EARLIER % task).replace("QUESTIONS", str(questions))
+    loaded = config.load(old_run(tmp_path, text))
+    assert loaded.task.test_split is None
+    assert loaded.output_dir == str(tmp_path)
+    if loaded.task.path == str(questions):
+        held_out = tasks.load(loaded.task).test
+        assert len(held_out) == (10 if loaded.task.test_path else 1)
+
+
+def test_a_split_that_a_run_means_or_a_new_file_states_stays(tmp_path):
+    task = ("dataset", "some/hub_data", "null", "validation", "exact")
+    assert config.load(old_run(tmp_path, EARLIER % task)).task.test_split == "validation"
+    stated = config.load(None, [], {"task.name": "dataset", "task.path": "a/b"} | MEANT)
+    assert stated.task.test_split == "test"
+    again = config.load(old_run(tmp_path, config.dump(stated)))  # of this version
+    assert again.task.test_split == "test"
+    path = tmp_path / "new.yaml"  # no run's own file
+    path.write_text(EARLIER % ("addition", "null", "null", "test", "null"))
+    with pytest.raises(InputError, match=r"task\.test_split: got 'test'; .* does not read it"):
+        config.load(str(path))
+    with pytest.raises(InputError, match=r"task\.test_split: got 'test'"):  # set by hand, now
+        config.load(old_run(tmp_path, path.read_text()), ["--task.test_split", "test"])
+
+
+MEANT = {"task.verifier": "exact", "task.test_split": "test", "task.test_fraction": 0}
 
 
 @pytest.mark.parametrize("others", [[], ["--alarms.stop_on", "[flat]"]])
