@@ -146,6 +146,7 @@ def _load(path: str | None, arguments: Arguments, values: Mapping[str, Any]) -> 
     if path is not None and _is_of_a_run(path):
         tree["output_dir"] = os.path.dirname(path) or "."  # the folder may have been moved
         _forget_old_defaults(tree)
+        _rename_old_values(tree)
     kinds = fields.kinds(Config)
     for name, value in (arguments.fields | {**values}).items():
         *sections, last = name.split(".")
@@ -177,6 +178,22 @@ def _forget_old_defaults(tree: dict[str, Any]) -> None:
     task = tree.get("task")
     if isinstance(task, dict) and "columns" not in task and task.get("test_split") == "test":
         del task["test_split"]
+
+
+RENAMED = {
+    ("distillation", "kind"): {"choice": "teacher_argmax"},
+    ("objective", "advantage"): {"choice": "teacher_argmax"},
+    ("objective", "question_weight"): {"spread": "reward_std"},
+    ("objective", "token_weight"): {"certainty": "teacher_entropy"},
+}
+"""What choices were called when a run was made, and what they are called now."""
+
+
+def _rename_old_values(tree: dict[str, Any]) -> None:
+    for (section, name), names in RENAMED.items():
+        stated = tree.get(section)
+        if isinstance(stated, dict) and isinstance(value := stated.get(name), str):
+            stated[name] = names.get(value, value)
 
 
 def dump(config: Config) -> str:
