@@ -92,21 +92,31 @@ def evaluate(
     Raises:
       InputError: The task has no held-out question.
     """
-    # Training decodes one step's responses at a time; an evaluation takes no more memory than that.
-    at_once = policy.prompts.questions_per_step * policy.sampling.num_samples
+    policy = within_training(policy)
     sampling = dataclasses.replace(
         policy.sampling,
         num_samples=config.num_samples,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=None,
-        slots=policy.sampling.slots or at_once,
     )
     questions = held_out(task, config)
     asked = functools.partial(answer, policy._replace(sampling=sampling), params, task)
     answered = asked(questions, key, batch=config.questions_per_batch)
     metrics = scores(answered, len(questions), threshold)
     return {f"eval/{name}": value for name, value in metrics.items()}, answered
+
+
+def within_training(policy: Policy) -> Policy:
+    """The policy that decodes no more responses at a time than one step of training does.
+
+    So whatever is asked, and with however many samples, takes no more memory than an update's
+    responses.
+    """
+    sampling = policy.sampling
+    at_once = policy.prompts.questions_per_step * sampling.num_samples
+    slots = sampling.slots or at_once
+    return policy._replace(sampling=dataclasses.replace(sampling, slots=slots))
 
 
 def held_out(task: Task, config: EvaluationConfig) -> list[Question]:

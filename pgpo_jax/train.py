@@ -30,6 +30,7 @@ from pgpo_jax.run import (
     Run,
     Session,
     check_rows,
+    check_siblings,
     hold_folder,
     join,
     load_run,
@@ -91,7 +92,9 @@ def _prepare(config: Config) -> Run:
     """The run, loaded; what can be refused is refused here, the cheapest first."""
     mesh = join(config)
     check_rows(config, mesh)
+    notes = check_siblings(config.sampling, config.reprompt)
     run = load_run(config, mesh)
+    run = run._replace(notes=(*notes, *run.notes))
     if config.evaluation.every:
         held_out(run.task, config.evaluation)
     _indices(run, 0)

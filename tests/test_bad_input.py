@@ -125,8 +125,14 @@ ROOT = Path(__file__).parent.parent
         ),
         "no such alarm": (
             "alarms: {stop_on: [information, collapse]}",
-            "alarms.stop_on[1]: got 'collapse'; must be one of not_finite, inactive, flat, "
-            "cut_off, reward_fall, entropy_fall, length_fall, length_surge, information",
+            "alarms.stop_on[1]: got 'collapse'; must be one of not_finite, inactive, "
+            "solved, flat, cut_off, reward_fall, entropy_fall, length_fall, length_surge, "
+            "information",
+        ),
+        "one sample and nothing else to show": (
+            "sampling: {num_samples: 1}\nreprompt: {use_feedback: never}",
+            "sampling.num_samples: got 1; a response has no sibling to be shown then, nor feedback "
+            "(reprompt.use_feedback never), so nothing would be learned: give at least 2",
         ),
         "no broken update allowed": (
             "alarms: {most_broken: 0}",

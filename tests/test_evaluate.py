@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from pgpo_jax.evaluation import Answered, question_rewards, scores, verify
+from pgpo_jax.data import DataConfig
+from pgpo_jax.evaluation import Answered, question_rewards, scores, verify, within_training
+from pgpo_jax.sampler import Policy, SamplingConfig
 from pgpo_jax.tasks import Outcome, Question, Task
 
 
@@ -56,3 +58,10 @@ def test_one_call_of_the_verifier_gets_every_response_with_its_question():
     outcomes = verify(task, [question("x"), question("y")], [["a", "b"], ["b", "c"]])
     assert seen == [[("x", "a"), ("x", "b"), ("y", "b"), ("y", "c")]]
     assert [[o.reward for o in group] for group in outcomes] == [[0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("slots, expected", [(None, 256), (40, 40)])
+def test_no_more_is_decoded_at_a_time_than_in_a_step_of_training(slots, expected):
+    sampling = SamplingConfig(num_samples=8, slots=slots)
+    policy = Policy(None, None, None, sampling, DataConfig(questions_per_step=32))
+    assert within_training(policy).sampling.slots == expected

@@ -111,10 +111,13 @@ ALL_RIGHT = "def reward(prompts, completions, **columns):\n    return [1.0] * le
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"sampling": {"vocab_size": 1}}, {"entropy/student": 0.0, "information": 0.0}),
+        (
+            {"sampling": {"vocab_size": 1}},
+            {"entropy/student": 0.0, "information": 0.0, "identical_group_fraction": 1.0},
+        ),
         ({"sampling": {"end_tokens": [*range(16)]}}, {"response_length/mean": 1.0}),
         (CUT_OFF, {"response_length/clip_fraction": 1.0}),
-        (ALL_RIGHT, {"reward/mean": 1.0, "context_fraction": 1.0, "success_group_fraction": 1.0}),
+        (ALL_RIGHT, {"success_fraction": 1.0, "context_fraction": 1.0, "reward/mean": 1.0}),
     ],
     ids=["one token", "empty responses", "all cut off", "all succeed"],
 )
@@ -127,3 +130,18 @@ def test_odd_batches_train_with_finite_numbers(changes, expected, write, dataset
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-6)
         numbers = [value for name, value in row.items() if name != "alarm"]
         assert all(math.isfinite(value) for value in numbers)
+
+
+def test_one_sample_is_warned_of_and_success_without_a_sibling_is_no_failure(
+    write,  # noqa: F811
+    dataset,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    changes = {**SHORT, **dataset(ALL_RIGHT), "sampling": {"num_samples": 1}}
+    path = write(steps=4, alarms={"most_inactive": 2}, **changes)
+    assert code(train.main, path) == 0
+    assert "warning: sampling.num_samples = 1: no response has a sibling" in capsys.readouterr().out
+    found = steps(tmp_path / "run")
+    assert [row["skipped"] for row in found] == [1] * 4
+    assert found[2]["alarm"].startswith("solved")

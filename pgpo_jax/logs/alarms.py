@@ -16,6 +16,7 @@ Row = Mapping[str, Any]
 Name = Literal[
     "not_finite",
     "inactive",
+    "solved",
     "flat",
     "cut_off",
     "reward_fall",
@@ -56,7 +57,8 @@ class AlarmsConfig:
     """So many updates in a row skipped because loss, gradient or information was not finite save
     and end the run, with exit code 1."""
     most_inactive: int | None = 100
-    """The same for updates skipped because no response had a teacher context; null goes on."""
+    """The same for updates skipped because no response had a teacher context; null goes on. Those
+    skipped because every response succeeded do not count: that is the alarm `solved`."""
 
     def __post_init__(self):
         require(
@@ -115,6 +117,10 @@ def _is_zero(name: str) -> Callable[[Row], bool]:
     return lambda row: row.get(name) == 0
 
 
+def _all_succeeded(row: Row) -> bool:
+    return row.get("success_fraction") == 1
+
+
 def _learns_nothing(row: Row) -> bool:
     """Skipped with finite numbers; a row that does not say so is judged by its contexts."""
     if "skipped" in row:
@@ -137,7 +143,7 @@ CONDITIONS: dict[Name, Condition] = {
         "again, lower optimizer.learning_rate and look at the newest rows of samples.jsonl",
     ),
     "inactive": Condition(
-        _learns_nothing,
+        lambda row: _learns_nothing(row) and not _all_succeeded(row),
         3,
         "no response succeeded and there was no feedback, so the teacher saw nothing that the "
         "student did not and nothing is learned (a loss of 0 means this, not success; for a policy "
@@ -145,8 +151,18 @@ CONDITIONS: dict[Name, Condition] = {
         "answers have the form the verifier reads, else take easier questions, a larger "
         "sampling.num_samples, or a warm start",
     ),
+    "solved": Condition(
+        lambda row: _learns_nothing(row) and _all_succeeded(row),
+        3,
+        "every response succeeded, and there is nothing left to learn from these questions; end "
+        "here, or take harder ones",
+    ),
     "flat": Condition(
-        lambda row: _is_zero("reward/std")(row) and not _is_zero("context_fraction")(row),
+        lambda row: (
+            _is_zero("reward/std")(row)
+            and not _is_zero("context_fraction")(row)
+            and not (_learns_nothing(row) and _all_succeeded(row))
+        ),
         5,
         "all responses got the same reward; if it stays so, the questions are too easy or too "
         "hard, or the verifier does not tell good from bad",

@@ -1,6 +1,7 @@
 """What training needs around its loop: setup, folder, session, evaluation, records, reactions."""
 
 from pgpo_jax.run import reactions
+from pgpo_jax.run.checks import check_siblings
 from pgpo_jax.run.folder import claim_folder, hold_folder, lock_folder
 from pgpo_jax.run.record import Clock, records, summarise, token_columns
 from pgpo_jax.run.session import STOPPED, Session
@@ -12,6 +13,7 @@ __all__ = [
     "Run",
     "Session",
     "check_rows",
+    "check_siblings",
     "checkpoint_folder",
     "claim_folder",
     "describe",

@@ -43,6 +43,28 @@ def check_run(
         check_questions(questions, tokenizer, data_config, reprompt)
 
 
+def check_siblings(sampling: SamplingConfig, reprompt: RepromptConfig) -> tuple[str, ...]:
+    """A response is shown a sibling's success, so it must have siblings, or something else to show.
+
+    Returns:
+      What should be known where only feedback is left, which a verifier may never give.
+
+    Raises:
+      InputError: There is nothing that a teacher could be shown.
+    """
+    if sampling.num_samples > 1 or reprompt.demonstration == "plain":
+        return ()
+    if reprompt.use_feedback == "never":
+        raise InputError(
+            "sampling.num_samples: got 1; a response has no sibling to be shown then, nor feedback "
+            "(reprompt.use_feedback never), so nothing would be learned: give at least 2"
+        )
+    return (
+        "sampling.num_samples = 1: no response has a sibling, so the teacher is shown the "
+        "verifier's feedback alone; where that gives none, nothing is learned",
+    )
+
+
 def check_vocabulary(model: ModelConfig, tokenizer: Any, sampling: SamplingConfig) -> None:
     """Every token must have its row: JAX would take the last row for one that is not there."""
     largest = max(tokenizer.get_vocab().values(), default=0)

@@ -8,7 +8,13 @@ import jax
 import numpy as np
 
 from pgpo_jax import sharding
-from pgpo_jax.evaluation import answer, evaluate, held_out, question_rewards
+from pgpo_jax.evaluation import (
+    answer,
+    evaluate,
+    held_out,
+    question_rewards,
+    within_training,
+)
 from pgpo_jax.logs import Writer
 from pgpo_jax.models import GraphDef
 from pgpo_jax.reprompt import resolve_templates, teacher_messages
@@ -67,7 +73,7 @@ def _accuracy(
 ) -> float:
     """Mean reward on some questions, with or without a right answer in the prompt."""
     graphdef, params = model
-    policy = run.policy._replace(graphdef=graphdef)
+    policy = within_training(run.policy._replace(graphdef=graphdef))
     if shown:
         policy = policy.with_limit("reprompt.max_length", run.reprompt.max_length)
     templates, demonstration = resolve_templates(run.reprompt), run.task.demonstration

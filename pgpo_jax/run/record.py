@@ -61,6 +61,7 @@ def summarise(
         "reward/std": float(every["reward"].std()) if np.ptp(every["reward"]) else 0.0,
         "reward/failed": means["failed"],
         "format": means["well_formed"],
+        "success_fraction": means["success"],
         "success_group_fraction": float(every["success"].reshape(-1, samples).any(-1).mean()),
         "identical_group_fraction": float(every["first"].reshape(-1, samples).all(-1).mean()),
         "context_fraction": means["context"],

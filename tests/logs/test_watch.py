@@ -77,6 +77,17 @@ def test_nothing_succeeding_is_not_also_called_flat():
     assert names == {"inactive"}
 
 
+def test_everything_succeeding_is_called_so_and_ends_nothing_by_itself():
+    solved = INACTIVE | {"success_fraction": 1.0, "reward/std": 0.0, "skipped": 1, "finite": 1}
+    assert {name for _, name in fired([solved] * 10)} == {"solved"}
+    assert {name for _, name in fired([solved | {"context_fraction": 1.0}] * 10)} == {"solved"}
+    assert "every response succeeded" in text_of("solved", [solved] * 10)
+    assert ends([solved] * 200) == []
+    assert ends([solved] * 3, stop_on=("solved",)) == [(3, 0)]
+    nothing = solved | {"success_fraction": 0.0}
+    assert ends([solved] * 60 + [nothing] * 100)[0] == (160, 1)  # its own counter
+
+
 @pytest.mark.parametrize(
     ("name", "metric"),
     [
