@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pgpo_jax.checkpoint.store import compare
+from pgpo_jax.checkpoint.compare import compare
 from pgpo_jax.command import Argument, Command, parse_one_of
 
 COMPARE = Command(

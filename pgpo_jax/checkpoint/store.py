@@ -19,14 +19,8 @@ Orbax is imported when a folder is opened, not before: `import pgpo_jax` stays f
 from __future__ import annotations
 
 import contextlib
-import gc
-import itertools
-import json
 import os
-import re
-import sys
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -35,8 +29,16 @@ import numpy as np
 
 from pgpo_jax import sharding
 from pgpo_jax.checkpoint import digest
-from pgpo_jax.errors import InputError, RunError, printable, require
-from pgpo_jax.logs import jsonl
+from pgpo_jax.checkpoint.integrity import (
+    Damaged,
+    checksum,
+    first_line,
+    plain,
+    quiet,
+    unreadable,
+    warn,
+)
+from pgpo_jax.errors import InputError, RunError, require
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -72,10 +74,6 @@ class CheckpointConfig:
             every=(self.every >= 0, "0 (only at the end) or more"),
             keep=(self.keep >= 1, "at least 1"),
         )
-
-
-class Damaged(InputError):
-    """A checkpoint that cannot be read, or not as it was written."""
 
 
 class Best(NamedTuple):
@@ -144,7 +142,7 @@ class Checkpoints:
             return self._ocp.CheckpointManager(self._path / which, options=options)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"checkpoints: {self._path / which} cannot be opened ({_first_line(error)}); "
+                f"checkpoints: {self._path / which} cannot be opened ({first_line(error)}); "
                 "give a folder that this user may write, or an empty one"
             ) from error
 
@@ -186,11 +184,11 @@ class Checkpoints:
         newest = f"step {max(steps)} is the newest there" if steps else "there is none yet"
         message = (
             f"checkpoints: step {step} could not be saved to {self._path / which} "
-            f"({_plain(error)}); {newest}"
+            f"({plain(error)}); {newest}"
         )
         if self._stops:
             raise RunError(f"{message}; mend that and give the same command again") from error
-        _warn(f"{message}; the run goes on and tries again at the next")
+        warn(f"{message}; the run goes on and tries again at the next")
 
     def restore(self, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
         """Restores a whole state, bitwise, in the shapes and onto the shardings of `like`.
@@ -268,7 +266,7 @@ class Checkpoints:
             with self._ocp.StandardCheckpointer() as reader:
                 likes = {name: reader.metadata(folder / name) for name in names}
         except Exception as error:  # as many kinds as in `_read`
-            raise _unreadable(folder, _first_line(error)) from error
+            raise unreadable(folder, first_line(error)) from error
         likes = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype),
             {name: saved.item_metadata.tree for name, saved in likes.items()},
@@ -353,7 +351,7 @@ class Checkpoints:
     def _write(self, which: str, step: int, run: dict[str, Any], **trees: Any) -> None:
         arrays: dict[str, Any] = {name: digest.describe(tree) for name, tree in trees.items()}
         arrays["checksums"] = {name: digest.checksums(tree) for name, tree in trees.items()}
-        run = {**run, "checksum": _checksum(arrays, run)}
+        run = {**run, "checksum": checksum(arrays, run)}
         args = {name: self._ocp.args.StandardSave(tree) for name, tree in trees.items()}
         args |= {"arrays": self._ocp.args.JsonSave(arrays), "run": self._ocp.args.JsonSave(run)}
         problem = None
@@ -387,7 +385,7 @@ class Checkpoints:
 
         def restore(**args: Any) -> Any:
             found, problem = None, ""
-            with _quiet():
+            with quiet():
                 try:
                     found = self._managers[which].restore(
                         step, args=self._ocp.args.Composite(**args)
@@ -395,17 +393,17 @@ class Checkpoints:
                 except (MemoryError, jax.errors.JaxRuntimeError):
                     raise  # says nothing of the checkpoint
                 except Exception as error:  # Orbax and TensorStore raise many kinds
-                    problem = _first_line(error)
+                    problem = first_line(error)
             if sharding.agree_max([bool(problem)])[0]:
-                raise _unreadable(folder, problem or "another process cannot read it")
+                raise unreadable(folder, problem or "another process cannot read it")
             return found
 
         json_item = self._ocp.args.JsonRestore()
         found = restore(arrays=json_item, run=json_item)
         arrays, run = dict(found.arrays), dict(found.run)
         sums = arrays.get("checksums", {})  # the first versions had none
-        if (sums or "checksum" in run) and run.pop("checksum", None) != _checksum(arrays, run):
-            raise _unreadable(folder, "arrays or run is not what was written")
+        if (sums or "checksum" in run) and run.pop("checksum", None) != checksum(arrays, run):
+            raise unreadable(folder, "arrays or run is not what was written")
         if differences := [
             line
             for name, like in likes.items()
@@ -430,7 +428,7 @@ class Checkpoints:
         for name, tree in trees.items():
             for path, value in digest.checksums(tree).items() if name in sums else ():
                 if sums[name].get(path) != value:
-                    raise _unreadable(folder, f"{name}/{path} is not what was written")
+                    raise unreadable(folder, f"{name}/{path} is not what was written")
         return self._ocp.args.Composite(run=run, **trees)
 
     def _set_aside(self, which: str, steps: Sequence[int], error: Damaged, then: str) -> None:
@@ -448,101 +446,10 @@ class Checkpoints:
             sharding.agree_max([0])  # all see it gone
             self._managers[which].reload()
         if sharding.is_main():
-            _warn(f"{str(error).split(';')[0]}{where}; {then}")
+            warn(f"{str(error).split(';')[0]}{where}; {then}")
 
 
 def _split(state: Any) -> tuple[Any, dict[str, Any]]:
     """The student and, by field, everything else."""
     fields: dict[str, Any] = dict(state._asdict())
     return fields.pop("student"), fields
-
-
-def _checksum(arrays: Mapping[str, Any], run: Mapping[str, Any]) -> int:
-    """Of what is not an array; a JSON file has none of its own."""
-    return zlib.crc32(json.dumps([arrays, run], sort_keys=True).encode())
-
-
-def _unreadable(folder: Any, why: str) -> Damaged:
-    return Damaged(
-        f"checkpoints: {folder} cannot be read ({why.replace(';', ',')}); it is damaged or no "
-        "checkpoint of a run: delete it, or choose another folder"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    first, *_ = str(error).strip().splitlines() or [""]
-    first = first.partition(" See full TensorStore details")[0][:300]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def _plain(error: BaseException) -> str:
-    """Why a save failed; what TensorStore says besides fills a screen."""
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    system = os.strerror(int(found[1])) if found else getattr(error, "strerror", None)
-    return system or _first_line(error)
-
-
-def _warn(text: str) -> None:
-    print("warning: " + printable(" ".join(text.split())), file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Orbax's tasks say when they are dropped after an error that is reported."""
-    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        yield
-        gc.collect(0)
-    finally:
-        sys.unraisablehook = before
-
-
-# --- two runs ------------------------------------------------------------------------------
-
-
-def compare(one: str, other: str) -> str | None:
-    """Where two runs differ first: newest checkpoint, metrics or samples; None if nowhere.
-
-    Args:
-      one: Folder of a run, whose `config.yaml` says where its checkpoints are.
-      other: Another.
-
-    Raises:
-      InputError: A folder is no run, or its checkpoint cannot be read.
-    """
-    return next(
-        itertools.chain(_array_differences(one, other), jsonl.differences(one, other)), None
-    )
-
-
-def _array_differences(*runs: str) -> Iterator[str]:
-    saved = []
-    for run in runs:
-        with Checkpoints(_checkpoints_of(run), read_only=True) as checkpoints:
-            arrays = checkpoints.arrays()
-            if checkpoints.best() is not None:
-                best = checkpoints.arrays("best")
-                arrays |= {f"best/{path}": array for path, array in best.items()}
-            saved.append(arrays)
-    return digest.array_differences(*saved, names=runs)
-
-
-def _checkpoints_of(run: str) -> str:
-    import yaml
-
-    path = os.path.join(run, "config.yaml")
-    try:
-        with open(path, encoding="utf-8") as file:
-            section = yaml.safe_load(file).get("checkpoint") or {}
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise InputError(f"RUN: {run} is no run ({path}: {_first_line(error)})") from error
-    return section.get("path") or os.path.join(run, "checkpoints")
-
-
-def main(argv: Sequence[str]) -> int:
-    """`compare RUN_A RUN_B`: exit code 0 where the two are equal, 1 where they differ."""
-    if len(argv) != 3 or argv[0] != "compare":
-        raise InputError(f"got {' '.join(argv) or 'nothing'}; must be compare RUN_A RUN_B")
-    difference = compare(*argv[1:])
-    print(difference or "equal")
-    return 1 if difference else 0
