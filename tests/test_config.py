@@ -176,7 +176,7 @@ def test_a_teacher_that_is_another_model_is_never_replaced_by_the_student(others
 def test_a_runs_own_file_is_read_with_what_its_choices_are_called_now(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("distillation: {kind: choice}\nobjective: {token_weight: certainty}\n")
-    with pytest.raises(InputError, match="distillation.kind: got 'choice'"):
+    with pytest.raises(InputError, match=r"distillation\.kind: got 'choice'"):
         config.load(str(path))
     (tmp_path / "metrics.jsonl").write_text("")
     read = config.load(str(path))

@@ -204,3 +204,18 @@ def test_dependencies_have_a_lower_bound_and_an_upper_one_only_with_its_reason()
             assert any(f'"{requirement}"' in line and "#" in line for line in lines), requirement
     # The findings of a tool change with its version: it is pinned, so that a change is a commit.
     assert not [name for name in tools if "==" not in name and name not in needed]
+
+
+def test_no_function_is_longer_than_a_screen_or_takes_more_than_seven_parameters():
+    found = []
+    for path in sorted((ROOT / "pgpo_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = len([one for one in given if one.arg not in ("self", "cls")])
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            if lines > 90 or count > 7:
+                found.append(f"{path.name}: {node.name} has {lines} lines, {count} parameters")
+    assert not found

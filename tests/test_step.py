@@ -168,7 +168,10 @@ def test_loss_and_information_are_those_of_the_definitions():
     np.testing.assert_allclose(measured["information"], gap, atol=1e-6)
 
 
-@pytest.mark.parametrize(("mesh", "micro_batches"), [((1, 1, 1), 1), ((2, 2, 1), 2)])
+@pytest.mark.parametrize(
+    ("mesh", "micro_batches"),
+    [((1, 1, 1), 1), pytest.param((2, 2, 1), 2, marks=pytest.mark.slow)],
+)
 def test_the_divergence_of_every_token_stands_in_its_row(mesh, micro_batches):
     graphdef, step, state, mesh = setup(mesh)
     batch = BATCHES[0]
@@ -195,7 +198,12 @@ def test_micro_batches_change_nothing(single):
     assert_same(measured, expected)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+OTHER_MESHES = [
+    pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((8, 1, 1), (1, 8, 1), (1, 1, 8))
+]
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), *OTHER_MESHES])
 def test_every_mesh_gives_the_losses_and_parameters_of_one_device(mesh, single):
     one, expected = single
     state, measured = run(BATCHES, mesh=mesh)
@@ -204,7 +212,7 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(mesh, single):
     assert_same(measured, expected)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_nothing(remat):
     whole, _ = run(BATCHES[:1])
     state, _ = run(BATCHES[:1], remat=remat)
@@ -292,6 +300,7 @@ def test_a_rival_objective_does_not_depend_on_devices_or_micro_batches(everythin
     assert_same(on_mesh, measured)
 
 
+@pytest.mark.slow
 def test_a_rival_objective_does_not_depend_on_packing(everything):
     expected, measured = everything
     state, in_rows = run(REWARDED, packing="always", **EVERYTHING)

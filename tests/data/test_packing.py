@@ -286,11 +286,12 @@ def updates(examples, mesh=(1, 1, 1), count=1, aggregation="sequence_mean", pack
     ("mesh", "count", "aggregation"),
     [
         ((1, 1, 1), 1, "sequence_mean"),
-        ((1, 1, 1), 4, "token_mean"),
-        ((8, 1, 1), 1, "sequence_mean"),
-        ((1, 8, 1), 1, "token_mean"),
-        ((2, 2, 2), 2, "sequence_mean"),
-        ((1, 1, 8), 1, "sequence_mean"),
+        ((2, 2, 2), 2, "token_mean"),
+        pytest.param((1, 1, 1), 4, "token_mean", marks=pytest.mark.slow),
+        pytest.param((8, 1, 1), 1, "sequence_mean", marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), 1, "token_mean", marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), 2, "sequence_mean", marks=pytest.mark.slow),
+        pytest.param((1, 1, 8), 1, "sequence_mean", marks=pytest.mark.slow),
     ],
 )
 def test_an_update_is_the_padded_one(mesh, count, aggregation):
