@@ -144,7 +144,7 @@ def load(
 def _load(path: str | None, arguments: Arguments, values: Mapping[str, Any]) -> Config:
     tree = {} if path is None else _read_on_base(path, arguments.options.get("--base"))
     if path is not None and _is_of_a_run(path):
-        tree["output_dir"] = os.path.dirname(path) or "."  # the folder may have been moved
+        _move(tree, os.path.dirname(path) or ".")
         _forget_old_defaults(tree)
         _rename_old_values(tree)
     kinds = fields.kinds(Config)
@@ -166,6 +166,16 @@ def _is_of_a_run(path: str) -> bool:
     """Whether a file is the configuration that a run left in its folder."""
     folder, name = os.path.split(path)
     return name == "config.yaml" and os.path.exists(os.path.join(folder, "metrics.jsonl"))
+
+
+def _move(tree: dict[str, Any], folder: str) -> None:
+    """Says where a run's folder is now: it may have been moved, and its checkpoints with it."""
+    before, checkpoint = tree.get("output_dir"), tree.get("checkpoint")
+    tree["output_dir"] = folder
+    if isinstance(before, str) and isinstance(checkpoint, dict):
+        path = checkpoint.get("path")
+        if isinstance(path, str) and path.startswith(os.path.join(before, "")):
+            checkpoint["path"] = os.path.join(folder, os.path.relpath(path, before))
 
 
 def _forget_old_defaults(tree: dict[str, Any]) -> None:

@@ -77,6 +77,8 @@ def train(config: Config) -> int:
             row = {name: float(value) for name, value in jax.device_get(measured).items()}
             clock.lap("train")
             row |= summarise(run, rollouts, outcomes, shown, clock)
+            if row["skipped"]:
+                del row["multiplier"]  # the state's is that of an update before
             row["skipped/total"] = step - updates + int(row["skipped"])
             row["lr"] = float(np.asarray(learning_rate(run.config.optimizer)(updates)))
             told = records(questions, rollouts, outcomes, shown)

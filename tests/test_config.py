@@ -182,3 +182,13 @@ def test_a_runs_own_file_is_read_with_what_its_choices_are_called_now(tmp_path):
     read = config.load(str(path))
     assert read.distillation.kind == "teacher_argmax"
     assert read.objective.token_weight == "teacher_entropy"
+
+
+def test_checkpoints_in_a_runs_folder_move_with_it_and_those_elsewhere_stay(tmp_path):
+    path = tmp_path / "config.yaml"
+    (tmp_path / "metrics.jsonl").write_text("")
+    moved, elsewhere = str(tmp_path / "saved"), "/old/runs/x"
+    for stated, now in (("/old/run/saved", moved), (elsewhere, elsewhere)):
+        path.write_text(f"output_dir: /old/run\ncheckpoint: {{path: {stated}}}\n")
+        read = config.load(str(path))
+        assert (read.output_dir, read.checkpoint.path) == (str(tmp_path), now)

@@ -65,6 +65,7 @@ def test_a_run_in_which_nothing_succeeds_ends_when_that_was_asked_for(
     )
     found = steps(tmp_path / "run")
     assert [row["skipped/total"] for row in found] == [1, 2, 3]
+    assert not any("multiplier" in row for row in found)  # none was applied
     assert [row["alarm"] for row in found if "alarm" in row] == ["inactive, cut_off"]
     assert saved_step(tmp_path / "run") == 3
 

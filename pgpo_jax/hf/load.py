@@ -44,6 +44,9 @@ class ModelSection:
     """Attention kernel; auto takes cudnn on GPU, splash on TPU for long rows, else xla."""
     unroll: bool = False
     """Write the layers out instead of scanning: for small models on CPU."""
+    reduce_dtype: Literal["bfloat16", "float32"] | None = None
+    """Type in which the gradients of a layer's matrices are summed over devices (FSDP's
+    `reduce_dtype`); null: that of the computation. float32 doubles what they move."""
 
     def __post_init__(self):
         require(
@@ -56,8 +59,13 @@ class ModelSection:
 
     def options(self) -> Options:
         """How the model computes."""
-        dtype = jnp.dtype(self.dtype)
-        return Options(dtype, remat=self.remat, attention=self.attention, unroll=self.unroll)
+        return Options(
+            jnp.dtype(self.dtype),
+            remat=self.remat,
+            attention=self.attention,
+            unroll=self.unroll,
+            reduce_dtype=self.reduce_dtype,
+        )
 
 
 class Model(NamedTuple):

@@ -30,14 +30,17 @@ class Options:
 
     dtype: Any = jnp.bfloat16
     """Type of the computation; parameters keep theirs. The gradients of a layer's matrices are
-    products of this type, summed over tokens in float32 on a device and over devices in this type;
-    those of biases, norms and the output matrix are float32 throughout."""
+    products of this type, summed over tokens in float32 on a device and over devices in this type
+    (`reduce_dtype`); those of biases, norms and the output matrix are float32 throughout."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass computes again: nothing, everything, or all but matrix products."""
     attention: Kernel = "auto"
     """Attention kernel of the uncached forward."""
     unroll: bool = False
     """Write the layers out instead of scanning: faster decoding, slower compilation."""
+    reduce_dtype: Any = None
+    """Type in which the gradients of a layer's matrices leave a device and are summed over devices,
+    as FSDP's of that name; None: the type of the computation."""
     mesh: Mesh | None = None
     """Where rows and heads are split; set by `init` and `hf.load`."""
 
@@ -45,6 +48,8 @@ class Options:
         object.__setattr__(
             self, "dtype", jnp.dtype(self.dtype)
         )  # one spelling, so that equal options compare equal
+        if self.reduce_dtype is not None:
+            object.__setattr__(self, "reduce_dtype", jnp.dtype(self.reduce_dtype))
         for name, literal in (
             ("remat", ("none", "full", "dots")),
             ("attention", ("auto", "xla", "cudnn", "splash")),
@@ -318,12 +323,12 @@ class Decoder(nnx.Module):
         self, weights: Mapping[str, Array], x: Array, rotation: tuple[Array, Array]
     ) -> tuple[Array, Array, Array]:
         """Queries, keys and values `[row, time, head, head_dim]`, rotated."""
-        arch, eps, dtype = self.config.architecture, self.config.rms_norm_eps, self.options.dtype
+        arch, eps = self.config.architecture, self.config.rms_norm_eps
         if not arch.post_norm:
             x = _norm(x, weights["input_layernorm"], eps)
         out = []
         for name in "qkv":
-            y = _product(x, weights[f"{name}_proj"].astype(dtype))
+            y = self._product(x, weights[f"{name}_proj"])
             if arch.qkv_bias:
                 y = _add_bias(y, weights[f"{name}_bias"])
             if arch.qk_norm != "none" and name != "v":
@@ -334,17 +339,24 @@ class Decoder(nnx.Module):
 
     def _finish(self, weights: Mapping[str, Array], x: Array, attended: Array) -> Array:
         """The rest of a layer: output projection, residuals, feed-forward."""
-        arch, eps, dtype = self.config.architecture, self.config.rms_norm_eps, self.options.dtype
-        y = _product(attended, weights["o_proj"].astype(dtype), 2)
+        arch, eps = self.config.architecture, self.config.rms_norm_eps
+        y = self._product(attended, weights["o_proj"], 2)
         if arch.post_norm:
             y = _norm(y, weights["post_attention_layernorm"], eps)
         x = x + y
         y = x if arch.post_norm else _norm(x, weights["post_attention_layernorm"], eps)
-        gate, up = (_product(y, weights[f"{name}_proj"].astype(dtype)) for name in ("gate", "up"))
-        y = _product(_gated(gate, up), weights["down_proj"].astype(dtype))
+        gate, up = (self._product(y, weights[f"{name}_proj"]) for name in ("gate", "up"))
+        y = self._product(_gated(gate, up), weights["down_proj"])
         if arch.post_norm:
             y = _norm(y, weights["post_feedforward_layernorm"], eps)
         return _constrain(x + y, ("row", None, None), self.options.mesh)
+
+    def _product(self, x: Array, weight: Array, axes: int = 1) -> Array:
+        """x times a float32 matrix, in the type of the computation."""
+        reduce_dtype = self.options.reduce_dtype
+        if reduce_dtype is None:
+            return _product(x, weight.astype(self.options.dtype), axes)
+        return _reduced_product(x, weight, axes, reduce_dtype)
 
     def _final(self, x: Array) -> Array:
         return _norm(x, self.norm[...], self.config.rms_norm_eps)
@@ -423,6 +435,30 @@ def _tensordot_backward(
 # product, for which a CPU first transposes the wider operand: a tenth of an update.
 _product: Any = jax.custom_vjp(_tensordot, nondiff_argnums=(2,))
 _product.defvjp(_tensordot_forward, _tensordot_backward)
+
+
+def _reduced_backward(
+    axes: int, reduce_dtype: Any, operands: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    """As `_tensordot_backward`, but the matrix's gradient is rounded to `reduce_dtype` alone."""
+    x, weight = operands
+    to_x, _ = _tensordot_backward(axes, (x, weight.astype(x.dtype)), gradient)
+    rows = list(range(x.ndim - axes))
+    to_weight = jnp.tensordot(x, gradient, (rows, rows), preferred_element_type=reduce_dtype)
+    return to_x, to_weight.astype(weight.dtype)
+
+
+_reduced_product: Any = jax.custom_vjp(
+    lambda x, weight, axes, reduce_dtype: _tensordot(x, weight.astype(x.dtype), axes),
+    nondiff_argnums=(2, 3),
+)
+_reduced_product.defvjp(
+    lambda x, weight, axes, reduce_dtype: (
+        _tensordot(x, weight.astype(x.dtype), axes),
+        (x, weight),
+    ),
+    _reduced_backward,
+)
 
 
 @jax.custom_vjp

@@ -353,3 +353,26 @@ def test_the_gradient_of_a_bias_sums_over_all_tokens_in_float32():
     assert to_bias.dtype == jnp.float32
     exact = np.asarray(gradient, np.float64).sum()
     np.testing.assert_allclose(float(to_bias[0, 0]), exact, rtol=1e-6)
+
+
+def test_gradients_summed_in_float32_are_not_rounded_to_the_type_of_the_computation():
+    config = config_of("qwen3")
+    tokens = jax.random.randint(jax.random.key(1), (8, 64), 0, config.vocab_size)
+
+    def gradient(reduce_dtype):
+        options = decoder.Options(dtype=jnp.bfloat16, reduce_dtype=reduce_dtype)
+        graphdef, params = decoder.init(config, options, jax.random.key(0))
+
+        def loss(params):
+            hidden = decoder.merge(graphdef, params).hidden(tokens).astype(jnp.float32)
+            return jnp.sum(hidden * jnp.sin(jnp.arange(hidden.size).reshape(hidden.shape)))
+
+        layers = jax.jit(jax.grad(loss))(params)["layers"]
+        return {name: value for name, value in layers.items() if name.endswith("_proj")}
+
+    rounded, whole = gradient(None), gradient("float32")
+    for name, value in rounded.items():
+        assert (value == value.astype(jnp.bfloat16).astype(jnp.float32)).all()
+        assert (whole[name] != whole[name].astype(jnp.bfloat16).astype(jnp.float32)).any()
+        # The same sums: they differ by the rounding of bfloat16 alone.
+        np.testing.assert_allclose(value, whole[name], rtol=2**-8, atol=1e-3)
