@@ -1,4 +1,4 @@
-"""The optimizer of an update: clipping, AdamW with a warm-up, then the multiplier."""
+"""The optimizer of an update: clipping, AdamW or another of optax, then the multiplier."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from pgpo_jax.multiplier import ScaleByInformationState, scale_by_information
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Clip by global norm, AdamW with a warm-up, then the multiplier."""
+    """Clip by global norm, AdamW with a warm-up (or another), then the multiplier."""
 
     alpha: float = 1.0
     """Exponent of the multiplier; 0 is SDPO."""
@@ -43,8 +43,19 @@ class OptimizerConfig:
     begins again."""
     replay_seed: int | None = None
     """Shuffles what is replayed; null keeps the order."""
+    name: Literal["adamw", "lion", "sgd"] = "adamw"
+    """optax's of that name, each with decoupled decay; `sgd` has b1 as its momentum."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the first moment (optax's `mu_dtype`), 2 bytes a parameter less in bfloat16; Adam's
+    second moment stays float32, where a decay of 0.999 would round away."""
     learning_rate: float = 1e-5
-    """Peak learning rate, constant after the warm-up."""
+    """Peak learning rate, after the warm-up."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: the peak, or down to `learning_rate_end` in `decay_steps`, then that."""
+    learning_rate_end: float = 0.0
+    """Where `cosine` and `linear` end."""
+    decay_steps: int | None = None
+    """Updates that `cosine` and `linear` take from the end of the warm-up; null with `constant`."""
     warmup_steps: int = 10
     """The rate of update k (from 0) is learning_rate * min(k / warmup_steps, 1), so the first
     update is 0."""
@@ -80,6 +91,15 @@ class OptimizerConfig:
                 "positive and at least rho_min",
             ),
             learning_rate=(self.learning_rate > 0, "positive"),
+            learning_rate_end=(
+                0 <= self.learning_rate_end <= self.learning_rate,
+                "at least 0 and at most learning_rate",
+            ),
+            decay_steps=(
+                (self.decay_steps is None) == (self.schedule == "constant")
+                and (self.decay_steps is None or self.decay_steps >= 1),
+                "at least 1 with optimizer.schedule cosine or linear, and null with constant",
+            ),
             warmup_steps=(self.warmup_steps >= 0, "at least 0"),
             b1=(0 <= self.b1 < 1, "in [0, 1)"),
             b2=(0 <= self.b2 < 1, "in [0, 1)"),
@@ -93,10 +113,18 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Linear warm-up from 0, then constant."""
+    """Linear warm-up from 0, then constant or down to the end."""
+    peak, end = config.learning_rate, config.learning_rate_end
+    if config.schedule == "linear":
+        after = optax.linear_schedule(peak, end, config.decay_steps or 1)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, config.decay_steps or 1, end / peak)
+    else:
+        after = optax.constant_schedule(peak)
     if config.warmup_steps == 0:
-        return optax.constant_schedule(config.learning_rate)
-    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+        return after
+    warm_up = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warm_up, after], [config.warmup_steps])
 
 
 def alpha(config: OptimizerConfig) -> optax.ScalarOrSchedule:
@@ -105,6 +133,25 @@ def alpha(config: OptimizerConfig) -> optax.ScalarOrSchedule:
         return config.alpha
     return optax.linear_schedule(config.alpha, config.alpha_end, config.alpha_steps)
 
+
+OPTIMIZERS = {
+    "adamw": lambda c: optax.adamw(
+        learning_rate(c),
+        c.b1,
+        c.b2,
+        c.eps,
+        mu_dtype=c.moments_dtype,
+        weight_decay=c.weight_decay,
+    ),
+    "lion": lambda c: optax.lion(
+        learning_rate(c), c.b1, c.b2, mu_dtype=c.moments_dtype, weight_decay=c.weight_decay
+    ),
+    "sgd": lambda c: optax.chain(
+        optax.trace(c.b1, accumulator_dtype=c.moments_dtype),
+        optax.add_decayed_weights(c.weight_decay),
+        optax.scale_by_learning_rate(learning_rate(c)),
+    ),
+}
 
 MULTIPLIERS = {
     "information": lambda config, replay: scale_by_information(
@@ -120,7 +167,7 @@ MULTIPLIERS = {
 def make_optimizer(
     config: OptimizerConfig, replay: Sequence[float] = ()
 ) -> optax.GradientTransformationExtraArgs:
-    """clip by global norm -> AdamW with warm-up -> the multiplier; `update` takes `information`.
+    """clip by global norm -> AdamW or another -> the multiplier; `update` takes `information`.
 
     Args:
       config: The settings.
@@ -131,11 +178,9 @@ def make_optimizer(
     """
     if config.replay_seed is not None:
         replay = np.random.default_rng(config.replay_seed).permutation(replay).tolist()
-    adamw = optax.adamw(
-        learning_rate(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay
-    )
     clip = [] if config.max_grad_norm is None else [optax.clip_by_global_norm(config.max_grad_norm)]
-    return optax.chain(*clip, adamw, MULTIPLIERS[config.multiplier](config, replay))
+    chosen = OPTIMIZERS[config.name](config)
+    return optax.chain(*clip, chosen, MULTIPLIERS[config.multiplier](config, replay))
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any:

@@ -610,3 +610,51 @@ def test_first_update_of_the_warm_up_is_zero_and_the_multiplier_can_be_read():
 def test_bad_settings_name_the_field(field, value):
     with pytest.raises(InputError, match=r"optimizer\.\w+: got .*; must be"):
         OptimizerConfig(**{field: value})
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
+@pytest.mark.parametrize("moments_dtype", ["float32", "bfloat16"])
+def test_the_multiplier_scales_the_whole_update_of_every_optimizer(name, moments_dtype):
+    settings = {"warmup_steps": 0, "weight_decay": 0.5, "learning_rate": 0.1}
+    config = OptimizerConfig(alpha=1.0, name=name, moments_dtype=moments_dtype, **settings)
+    optimizer = make_optimizer(config)
+    params, grads = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([0.3, 0.1])}
+    state = optimizer.init(params)
+    once, _ = optimizer.update(grads, state, params, information=0.0)
+    more, after = optimizer.update(grads, state, params, information=jnp.log(1.5))
+    np.testing.assert_allclose(more["w"], 1.5 * once["w"], rtol=1e-6)
+    # Decoupled decay: the update moves towards 0 by it, whatever the gradient.
+    decay, _ = optimizer.update({"w": jnp.zeros(2)}, state, params, information=0.0)
+    np.testing.assert_allclose(decay["w"], -0.1 * 0.5 * params["w"], rtol=1e-5)
+    kinds = {leaf.dtype.name for leaf in jax.tree.leaves(after) if leaf.shape == (2,)}
+    assert moments_dtype in kinds
+    assert information_state(after).count == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("linear", [0, 0.5, 1, 0.55, 0.1, 0.1]), ("cosine", [0, 0.5, 1, 0.55, 0.1, 0.1])],
+)
+def test_a_schedule_falls_from_the_peak_to_its_end_and_stays(schedule, rates):
+    config = OptimizerConfig(
+        learning_rate=1.0,
+        warmup_steps=2,
+        schedule=schedule,
+        learning_rate_end=0.1,
+        decay_steps=4,
+    )
+    found = [float(learning_rate(config)(step)) for step in (0, 1, 2, 4, 6, 99)]
+    np.testing.assert_allclose(found, rates, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"schedule": "cosine"}, r"optimizer\.decay_steps: got None"),
+        ({"decay_steps": 5}, r"optimizer\.decay_steps: got 5"),
+        ({"learning_rate_end": 1.0}, r"optimizer\.learning_rate_end: got 1\.0"),
+    ],
+)
+def test_a_schedule_that_has_no_meaning_is_refused(settings, line):
+    with pytest.raises(InputError, match=line):
+        OptimizerConfig(**settings)
