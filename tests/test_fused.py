@@ -391,8 +391,7 @@ def test_one_compilation_serves_every_batch_of_a_shape():
 
 @pytest.mark.parametrize("name", ["student.hidden", "teacher.hidden", "teacher.head"])
 def test_shapes_that_do_not_fit_are_named(name):
-    inputs = make_inputs()
     key = name.replace(".", "_")
-    inputs[key] = inputs[key][:-1]
+    inputs = make_inputs() | {key: make_inputs()[key][:-1]}
     with pytest.raises(InputError, match=rf"distill.{name}: got shape"):
         distill(**inputs, config=CONFIG)
