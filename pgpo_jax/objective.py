@@ -66,6 +66,8 @@ class Forward(NamedTuple):
     """Sum over the response tokens of weight * -log-prob, nats; the gradient flows."""
     to_mean_1: Callable[[Float[Array, " tokens"]], Float[Array, " tokens"]]
     """Positive values of tokens over their mean over each response."""
+    estimator: str
+    """Name of the information estimate that the multiplier reads, among `Terms.information`."""
 
 
 class Objective(NamedTuple):

@@ -164,6 +164,7 @@ def _forward(
         score=lambda side: fused.score(side, tokens, options),
         cross_entropy=lambda side, weights: fused.cross_entropy(side, tokens, weights, options),
         to_mean_1=lambda values: to_mean_1(batch, values),
+        estimator=options.config.estimator,
     )
 
 

@@ -75,6 +75,7 @@ def build(
     distillation=None,
     objective=None,
     teacher_config=None,
+    estimators=("conditional_kl",),
     **options,
 ):
     mesh = sharding.make_mesh(sharding.MeshConfig(*mesh))
@@ -93,9 +94,7 @@ def build(
     step = make_train_step(
         graphdef,
         optimizer,
-        fused.Options(
-            distillation or DistillationConfig(top_k=None, chunk_size=8), ("conditional_kl",), 22
-        ),
+        fused.Options(distillation or DistillationConfig(top_k=None, chunk_size=8), estimators, 22),
         shardings,
         objective=methods.make_objective(objective or ObjectiveConfig()),
         teacher_config=teacher_config or TeacherConfig(),
@@ -306,6 +305,15 @@ def test_a_rival_objective_does_not_depend_on_packing(everything):
     state, in_rows = run(REWARDED, packing="always", **EVERYTHING)
     chex.assert_trees_all_close(state, expected, rtol=1e-4, atol=1e-6)
     assert_same(in_rows, measured)
+
+
+def test_token_weights_read_the_multipliers_estimate_whatever_else_is_measured():
+    """Estimates come in alphabetical order out of a scan, and `conditional_kl` is before it."""
+    options = {"objective": ObjectiveConfig(token_weight="information")}
+    alone, measured = run(BATCHES[:2], estimators=(), **options)
+    beside, expected = run(BATCHES[:2], **options)
+    assert_same(measured, {name: expected[name] for name in measured})
+    chex.assert_trees_all_close(alone, beside, rtol=1e-5, atol=1e-7)
 
 
 def test_rehearsal_is_a_cross_entropy_on_successes_after_the_teachers_prompt():

@@ -405,7 +405,7 @@ def _loss(
     if config.token_weight != "uniform":  # they need every token of a response at once
         fixed = jax.lax.stop_gradient(student)
         _, terms = forward.distill(fixed, teacher, distillation, None)
-        gaps = next(iter(terms.information.values()))
+        gaps = terms.information[forward.estimator]
         distillation *= forward.to_mean_1(token_weights(config, terms.teacher_entropy, gaps))
     if config.views:
         policy = policy._replace(with_right=forward.score(forward.teacher("right")))
