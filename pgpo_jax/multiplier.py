@@ -22,8 +22,8 @@ class ScaleByInformationState(NamedTuple):
 
 def scale_by_information(
     alpha: optax.ScalarOrSchedule,
-    rho_max: float = 2.0,
-    rho_min: float = 0.0,
+    rho_max: ArrayLike = 2.0,
+    rho_min: ArrayLike = 0.0,
     *,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -6,6 +6,7 @@ instruction and the other the question; here the demonstration gets shorter, and
 """
 
 import dataclasses
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -94,7 +95,7 @@ class RepromptConfig:
                 self.use_feedback in ("without_demonstration", "always", "never"),
                 "without_demonstration, always or never",
             ),
-            threshold=(np.isfinite(self.threshold), "finite"),
+            threshold=(math.isfinite(self.threshold), "finite"),
             max_length=(self.max_length > 0, "positive (tokens)"),
         )
         for name, fields in (*FIELDS.items(), ("evidence", FIELDS["solution"])):

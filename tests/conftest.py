@@ -6,7 +6,14 @@ import os
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
+
+# Every annotation is checked at every call, shapes too, but not in processes that tests start.
+if not os.environ.get("PGPO_JAX_UNCHECKED"):
+    # An int is a float, as for every type checker.
+    conf = "beartype.BeartypeConf(is_pep484_tower=True)"
+    jaxtyping.install_import_hook("pgpo_jax", f"beartype.beartype(conf={conf})")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -33,6 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # Small programs too: a test's second run, and its second process, find the first one's.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Annotations are not checked: what they rule out, the package itself must refuse."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

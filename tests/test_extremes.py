@@ -154,6 +154,8 @@ def test_the_vocabulary_pass_stays_finite_where_the_logits_do(kind):
 
 def test_importance_weights_stay_between_zero_and_their_cap():
     values = jnp.array([0.0, -1e4, distributions.NEVER, -jnp.inf])
-    weights = losses.importance_weight(values[:3, None], values[None, :], cap=2.0)
+    weights = losses.importance_weight(
+        *jnp.broadcast_arrays(values[:3, None], values[None, :]), cap=2.0
+    )
     assert all_finite(weights)
     assert np.all((weights >= 0) & (weights <= 2))

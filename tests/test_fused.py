@@ -391,7 +391,7 @@ def test_one_compilation_serves_every_batch_of_a_shape():
 
 @pytest.mark.parametrize("name", ["student.hidden", "teacher.hidden", "teacher.head"])
 def test_shapes_that_do_not_fit_are_named(name):
-    key = name.replace(".", "_")
-    inputs = make_inputs() | {key: make_inputs()[key][:-1]}
+    inputs, key = make_inputs(), name.replace(".", "_")
+    inputs = inputs | {key: inputs[key][:-1]}
     with pytest.raises(InputError, match=rf"distill.{name}: got shape"):
         distill(**inputs, config=CONFIG)

@@ -115,6 +115,7 @@ def test_gradients_agree_with_finite_differences(kind, top_k, tail):
     student, teacher = logits(8, (1, 2, 7)), logits(9, (1, 2, 7))
 
     def total(student):
+        student = jnp.asarray(student)  # check_grads passes NumPy's
         return divergence(student, teacher, kind=kind, top_k=top_k, tail=tail).sum()
 
     # A step of 1e-2: smaller ones drown in float32, and the top k must not change on the way.

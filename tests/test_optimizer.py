@@ -434,6 +434,7 @@ def test_no_information_and_a_complex_one_are_type_errors_that_name_it(make, inf
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("unchecked")
 def test_settings_without_a_meaning_are_refused_when_the_transformation_is_made(
     make, settings, error, match
 ):
@@ -559,6 +560,7 @@ def test_a_nan_does_not_end_the_relative_modulation(bad, first):
 
 
 @pytest.mark.parametrize("bad", [[], [-1.0], [np.inf], [np.nan], [[1.0]]])
+@pytest.mark.usefixtures("unchecked")
 def test_a_sequence_that_holds_no_multipliers_is_refused(bad):
     with pytest.raises(ValueError, match="multipliers: got"):
         scale_by_sequence(bad)
@@ -607,6 +609,7 @@ def test_first_update_of_the_warm_up_is_zero_and_the_multiplier_can_be_read():
         ("mean_decay", 1.0),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_settings_name_the_field(field, value):
     with pytest.raises(InputError, match=r"optimizer\.\w+: got .*; must be"):
         OptimizerConfig(**{field: value})

@@ -280,6 +280,7 @@ def test_the_width_is_a_bucket():
         {"threshold": float("nan")},
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_unusable_settings_are_refused(options):
     with pytest.raises(InputError, match=f"reprompt.{next(iter(options))}: got"):
         RepromptConfig(**options)

@@ -140,18 +140,19 @@ def test_loss_and_information_are_those_of_the_definitions():
     # A first update, so that teacher and student differ.
     state, _ = step(state, place(BATCHES[0], mesh))
     batch = BATCHES[1]
+    arrays = jax.tree.map(jnp.asarray, batch)
 
     def logits(params, prompts, prompt_mask):
         net = decoder.nnx.merge(graphdef, params)
-        tokens = jnp.concatenate([prompts, batch.responses], 1)
-        mask = jnp.concatenate([prompt_mask, batch.response_mask], 1)
+        tokens = jnp.concatenate([prompts, arrays.responses], 1)
+        mask = jnp.concatenate([prompt_mask, arrays.response_mask], 1)
         return net(tokens, mask)[:, prompts.shape[1] - 1 : -1, :22]
 
-    student = logits(state.student, *batch.prompts["student"])
-    teacher = logits(state.teacher, *batch.prompts["teacher"])
-    token_log_probs = information.at_tokens(jax.nn.log_softmax(student), batch.responses)
-    weight = losses.importance_weight(token_log_probs, batch.sampler_log_probs)
-    masks = batch.response_mask, batch.has_context
+    student = logits(state.student, *arrays.prompts["student"])
+    teacher = logits(state.teacher, *arrays.prompts["teacher"])
+    token_log_probs = information.at_tokens(jax.nn.log_softmax(student), arrays.responses)
+    weight = losses.importance_weight(token_log_probs, arrays.sampler_log_probs)
+    masks = arrays.response_mask, arrays.has_context
     expected = {
         "loss": losses.aggregate(losses.divergence(student, teacher) * weight, *masks),
         "information": information.reduce(information.entropy_gap(student, teacher), *masks),
@@ -177,8 +178,8 @@ def test_the_divergence_of_every_token_stands_in_its_row(mesh, micro_batches):
     params = jax.device_get(state.student)
     student, teacher = (
         decoder.nnx.merge(graphdef, jax.device_put(params))(
-            np.concatenate([prompts, batch.responses], 1),
-            np.concatenate([prompt_mask, batch.response_mask], 1),
+            jnp.concatenate([prompts, batch.responses], 1),
+            jnp.concatenate([prompt_mask, batch.response_mask], 1),
         )[:, prompts.shape[1] - 1 : -1, :22]
         for prompts, prompt_mask in (batch.prompts[view] for view in ("student", "teacher"))
     )
@@ -323,15 +324,16 @@ def test_rehearsal_is_a_cross_entropy_on_successes_after_the_teachers_prompt():
     batch = REWARDED[0]._replace(
         prompts=dict.fromkeys(("student", "teacher"), (prompts, prompt_mask))
     )
+    arrays = jax.tree.map(jnp.asarray, batch)
 
     def loss(student):
         net = decoder.nnx.merge(graphdef, student)
-        tokens = jnp.concatenate([prompts, batch.responses], 1)
-        mask = jnp.concatenate([prompt_mask, batch.response_mask], 1)
+        tokens = jnp.concatenate([prompts, arrays.responses], 1)
+        mask = jnp.concatenate([prompt_mask, arrays.response_mask], 1)
         log_p = jax.nn.log_softmax(net(tokens, mask)[:, PROMPT - 1 : -1, :22])
-        terms = -information.at_tokens(log_p, batch.responses)
-        successes = batch.has_context & batch.group.success
-        return information.reduce(terms, batch.response_mask, successes)
+        terms = -information.at_tokens(log_p, arrays.responses)
+        successes = arrays.has_context & arrays.group.success
+        return information.reduce(terms, arrays.response_mask, successes)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(state.student)
     norm = 0.5 * optax.tree.norm(gradient)
@@ -345,17 +347,18 @@ def test_grpo_is_the_policy_gradient_of_its_definition():
     objective = ObjectiveConfig(distillation=0.0, policy=1.0)
     graphdef, step, state, mesh = setup(objective=objective)
     batch = REWARDED[0]
-    advantages = batch.group.advantages
     prompts, prompt_mask = batch.prompts["student"]
+    arrays = jax.tree.map(jnp.asarray, batch)
 
     def loss(student):
         net = decoder.nnx.merge(graphdef, student)
-        tokens = jnp.concatenate([prompts, batch.responses], 1)
-        mask = jnp.concatenate([prompt_mask, batch.response_mask], 1)
+        tokens = jnp.concatenate([prompts, arrays.responses], 1)
+        mask = jnp.concatenate([prompt_mask, arrays.response_mask], 1)
         log_p = jax.nn.log_softmax(net(tokens, mask)[:, PROMPT - 1 : -1, :22])
-        log_p = information.at_tokens(log_p, batch.responses)
-        terms = rivals.surrogate(log_p, batch.sampler_log_probs, advantages[:, None])
-        return losses.aggregate(terms, batch.response_mask, jnp.ones(ROWS, bool))
+        log_p = information.at_tokens(log_p, arrays.responses)
+        advantages = jnp.broadcast_to(arrays.group.advantages[:, None], log_p.shape)
+        terms = rivals.surrogate(log_p, arrays.sampler_log_probs, advantages)
+        return losses.aggregate(terms, arrays.response_mask, jnp.ones(ROWS, bool))
 
     value, gradient = jax.value_and_grad(loss)(state.student)
     norm = optax.tree.norm(gradient)

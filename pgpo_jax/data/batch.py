@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pgpo_jax.models import Decoder
 from pgpo_jax.objective import GroupStatistics, Responses
@@ -92,7 +92,7 @@ def responses_of(batch: Batch) -> Responses:
     return Responses(*jax.tree.map(lambda x: jnp.asarray(x).reshape(-1), known))
 
 
-def to_tokens(batch: Batch, per_response: Array) -> Float[Array, "part token"]:
+def to_tokens(batch: Batch, per_response: Array) -> Shaped[Array, "part token"]:
     """Every response token's share of a value per response; 0 elsewhere."""
     owned = per_response.reshape(batch.lengths.shape)
     return jnp.asarray(batch.response_mask) * jnp.take_along_axis(owned, batch.owners, axis=1)

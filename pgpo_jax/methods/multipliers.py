@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from pgpo_jax.multiplier import (
@@ -30,8 +31,8 @@ class ScaleByRelativeInformationState(NamedTuple):
 
 def scale_by_relative_information(
     alpha: optax.ScalarOrSchedule,
-    rho_max: float = 2.0,
-    rho_min: float = 0.0,
+    rho_max: ArrayLike = 2.0,
+    rho_min: ArrayLike = 0.0,
     decay: float = 0.9,
     *,
     axis_name: Any = None,

@@ -117,13 +117,13 @@ class ObjectiveConfig:
 # ---- coefficients --------------------------------------------------------------------------------
 
 
-def distillation_coefficient(config: ObjectiveConfig, step: Array) -> Array:
+def distillation_coefficient(config: ObjectiveConfig, step: Array | int) -> Array:
     """The divergence's coefficient at a step (from 0)."""
     end = config.distillation if config.distillation_end is None else config.distillation_end
     return _linear(config.distillation, end, config.distillation_steps, step)
 
 
-def advantage_weight(config: ObjectiveConfig, step: Array) -> Array:
+def advantage_weight(config: ObjectiveConfig, step: Array | int) -> Array:
     """How much of the evidence there is at a step (from 0)."""
     first, end = config.advantage_weight, config.advantage_weight_end
     if config.advantage_steps == 0:
@@ -131,7 +131,7 @@ def advantage_weight(config: ObjectiveConfig, step: Array) -> Array:
     return _linear(first, end, config.advantage_steps, step)
 
 
-def _linear(first: float, end: float, steps: int, step: Array) -> Array:
+def _linear(first: float, end: float, steps: int, step: Array | int) -> Array:
     """From first to end over so many steps; then exactly the end: 0 turns a term off."""
     schedule = optax.linear_schedule(first, end, steps)
     return jnp.where(step >= steps, jnp.float32(end), jnp.asarray(schedule(step), jnp.float32))
@@ -247,11 +247,11 @@ class Policy(NamedTuple):
 
 
 def weigh_by_evidence(
-    advantages: Float[Array, " tokens"],
-    evidence: Float[Array, " tokens"],
-    weight: Float[Array, " tokens"],
+    advantages: Float[Array, "*tokens"],
+    evidence: Float[Array, "*tokens"],
+    weight: Float[Array, "*tokens"],
     clip: float,
-) -> Float[Array, " tokens"]:
+) -> Float[Array, "*tokens"]:
     """A [(1 - lambda) + lambda clip(exp(sign(A) Delta), 1 - eps, 1 + eps)], CEPO's token advantage.
 
     Args:
@@ -296,12 +296,12 @@ token's advantage."""
 
 
 def surrogate(
-    token_log_probs: Float[Array, " tokens"],
-    old_log_probs: Float[Array, " tokens"],
-    advantages: Float[Array, " tokens"],
+    token_log_probs: Float[Array, "*tokens"],
+    old_log_probs: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
     clip_low: float = 0.2,
     clip_high: float = 0.28,
-) -> Float[Array, " tokens"]:
+) -> Float[Array, "*tokens"]:
     """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), PPO's clipped surrogate.
 
     Args:

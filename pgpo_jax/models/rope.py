@@ -213,8 +213,8 @@ def table(
 
 def rotate(
     x: Float[Array, "row time heads head_dim"],
-    cos: Float[Array, "row time half"],
-    sin: Float[Array, "row time half"],
+    cos: Float[Array, "#row time half"],
+    sin: Float[Array, "#row time half"],
 ) -> Float[Array, "row time heads head_dim"]:
     """Turns the pairs (i, i + head_dim / 2) of every head in float32; the type of `x` stays."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

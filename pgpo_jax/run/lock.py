@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from datetime import datetime
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from pgpo_jax.errors import printable
 
@@ -111,6 +111,7 @@ def take_lock(
     return None
 
 
+@runtime_checkable
 class _File(Protocol):
     """A lock file, wherever it is."""
 

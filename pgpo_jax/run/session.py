@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -43,7 +43,7 @@ class Session:
         self.reacted = False
         """Whether the configuration is that after a reaction."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Session":
         config = self._config
         self._stopping = self._stack.enter_context(stop_on_signals())
         self._compiled = self._stack.enter_context(count_compilations())

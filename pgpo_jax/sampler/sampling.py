@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from pgpo_jax import sharding
 from pgpo_jax.data import bucket
@@ -105,9 +105,9 @@ class Samples(NamedTuple):
 def sample(
     graphdef: Any,
     params: Any,
-    prompts: Int[Array, "question time"],
-    prompt_mask: Bool[Array, "question time"],
-    key: Key[Array, ""],
+    prompts: Int[Array | np.ndarray, "question time"],
+    prompt_mask: Bool[Array | np.ndarray, "question time"],
+    key: Key[Array, ""] | UInt32[Array, " key"],
     config: SamplingConfig,
     *,
     limits: Int[np.ndarray, "question sample"] | None = None,

@@ -187,6 +187,7 @@ def test_files_that_cannot_be_read_are_named(golden, tmp_path):
         hf.load_tokenizer(folder)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_type_that_is_not_written_is_refused(tmp_path):
     with pytest.raises(InputError, match="dtype: got 'int8'; must be one of float32"):
         hf.save(tmp_path, *hf.load(make_goldens.GOLDENS / "qwen3"), dtype="int8")
@@ -263,6 +264,7 @@ def test_a_section_states_a_checkpoint_or_an_architecture(golden):
         ({"architecture": {"model_type": "qwen3"}}, "num_hidden_layers: got None"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_a_section_that_states_no_model_is_refused(section, message):
     with pytest.raises(InputError, match=message):
         hf.from_section(hf.ModelSection(**section), None, jax.random.key(0))

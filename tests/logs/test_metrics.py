@@ -198,7 +198,8 @@ def fake_modules(calls):
     session = types.SimpleNamespace(
         log=record("log"), finish=record("finish"), add_scalar=record("log"), close=record("finish")
     )
-    module = types.SimpleNamespace(
+    module = types.ModuleType("tracker")
+    vars(module).update(
         init=record("init"),
         SummaryWriter=record("init"),
         log=record("log"),

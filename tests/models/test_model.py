@@ -337,6 +337,7 @@ def test_unknown_keys_of_an_architecture_stated_in_a_run_are_refused():
 
 
 @pytest.mark.parametrize("name", ["remat", "attention"])
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_options_are_refused(name):
     with pytest.raises(InputError, match=f"{name}: got 'some'; must be one of"):
         decoder.Options(**{name: "some"})

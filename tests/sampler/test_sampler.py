@@ -101,7 +101,7 @@ def test_log_probs_are_of_the_distribution_really_drawn_from(decoder):
     sampling = dataclasses.replace(SAMPLING, temperature=1.5, top_k=6, top_p=0.9, vocab_size=15)
     samples = run(decoder, sampling)
     logits = forward(decoder, samples).reshape(-1, VOCAB)
-    expected = np.asarray(decode.distribution(logits, sampling.rule()))
+    expected = np.asarray(decode.distribution(jnp.asarray(logits), sampling.rule()))
     expected = np.take_along_axis(expected, samples.tokens.reshape(-1, 1), axis=1)
     expected = np.where(samples.mask, expected.reshape(samples.mask.shape), 0)
     np.testing.assert_allclose(samples.log_probs, expected, atol=1e-4)
@@ -351,6 +351,7 @@ def test_settings_out_of_range_are_refused(fields):
         SamplingConfig(**fields)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_prompts_that_are_not_left_padded_are_refused(decoder):
     with pytest.raises(InputError, match=r"row 1; .*padding on the left"):
         run(decoder, mask=MASK & (np.arange(WIDTH) < WIDTH - 1) | (LENGTHS > 1)[:, None])

@@ -379,6 +379,7 @@ def test_the_built_in_task_takes_a_reward_function_too(tmp_path, monkeypatch):
         ({"name": "dataset", "path": "x", "verifier": "guess"}, "verifier"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_unusable_settings_are_refused(options, field):
     with pytest.raises(InputError, match=f"task.{field}: got"):
         TaskConfig(**options)
