@@ -140,10 +140,10 @@ def remove_thinking(text: str, opened: bool = False, mark: str = "<think>") -> s
     """Removes every closed block of reasoning and the white space after it.
 
     Args:
-        text: a response.
-        opened: whether the prompt before it ends within a block, as chat templates of thinking
-            models make it.
-        mark: what opens a block, of `THINKING`.
+      text: a response.
+      opened: whether the prompt before it ends within a block, as chat templates of thinking
+        models make it.
+      mark: what opens a block, of `THINKING`.
     """
     closing = THINKING[mark]
     kept, start = [], 0
@@ -173,10 +173,10 @@ def teacher_messages(
     the system's, stay.
 
     Args:
-        messages: the question's conversation; its last message is the question.
-        demonstration: a correct response, or None.
-        feedback: feedback on the response itself, or "".
-        templates: from `resolve_templates`.
+      messages: the question's conversation; its last message is the question.
+      demonstration: a correct response, or None.
+      feedback: feedback on the response itself, or "".
+      templates: from `resolve_templates`.
     """
     messages = [dict(message) for message in messages]
     if demonstration is None and not feedback:
@@ -221,10 +221,10 @@ def choose_demonstrations(
     does not depend on which other questions this host handles.
 
     Args:
-        keys: the questions' stable names.
-        rewards: `[question][sample]`.
-        rng: derived from the run's seed and the step; one number is drawn from it.
-        config: `threshold` and `demonstration`; the control `none` chooses as `sibling` does.
+      keys: the questions' stable names.
+      rewards: `[question][sample]`.
+      rng: derived from the run's seed and the step; one number is drawn from it.
+      config: `threshold` and `demonstration`; the control `none` chooses as `sibling` does.
     """
     base = int(rng.integers(2**63))
     successes = [
@@ -262,19 +262,19 @@ def reprompt(
     """Builds the teacher's prompt of every response.
 
     Args:
-        policy: tokenizer and chat template options, as for the student's prompts.
-        questions: the batch's questions, `Q` of them.
-        rollouts: their responses; `texts` are the possible demonstrations.
-        outcomes: `[Q][G]`, what the verifier said.
-        rng: derived from the run's seed and the step.
-        config: thresholds, templates (`with_templates` adds a task's), limit, controls.
+      policy: tokenizer and chat template options, as for the student's prompts.
+      questions: the batch's questions, `Q` of them.
+      rollouts: their responses; `texts` are the possible demonstrations.
+      outcomes: `[Q][G]`, what the verifier said.
+      rng: derived from the run's seed and the step.
+      config: thresholds, templates (`with_templates` adds a task's), limit, controls.
 
     Returns:
-        `Q * G` rows, question-major, as wide as the widest of all hosts. A response that got
-        neither demonstration nor feedback has `has_context` False and the original prompt.
+      `Q * G` rows, question-major, as wide as the widest of all hosts. A response that got
+      neither demonstration nor feedback has `has_context` False and the original prompt.
 
     Raises:
-        InputError: if not even one character of a demonstration or feedback fits the limit.
+      InputError: if not even one character of a demonstration or feedback fits the limit.
     """
     shown = _what_is_shown(policy, questions, rollouts, outcomes, rng, config)
     has_context = np.array([row.demonstration is not None or row.feedback != "" for row in shown])
@@ -418,7 +418,7 @@ def answer_prompts(
     last box or answer tags, else its text. Arguments as for `reprompt`.
 
     Raises:
-        InputError: for a question without an answer, or an answer that does not fit the limit.
+      InputError: for a question without an answer, or an answer that does not fit the limit.
     """
     templates = resolve_templates(config)
     templates["solution"] = config.evidence_template or templates["solution"]

@@ -26,7 +26,7 @@ def batch_indices(
     Each epoch is a fresh permutation of all questions; its last partial batch is dropped.
 
     Raises:
-        InputError: if there are fewer questions than one step needs.
+      InputError: if there are fewer questions than one step needs.
     """
     steps_per_epoch = total // questions_per_step
     if steps_per_epoch == 0:

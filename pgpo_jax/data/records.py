@@ -16,7 +16,7 @@ Host = np.ndarray
 
 
 class Rollouts(NamedTuple):
-    """What the student answered: ``num_samples`` responses (a group) for each question."""
+    """What the student answered: `num_samples` responses (a group) for each question."""
 
     prompts: Int[Host, "question prompt_time"]
     """Prompt tokens, left-padded."""
@@ -33,7 +33,7 @@ class Rollouts(NamedTuple):
 
 
 class TeacherPrompts(NamedTuple):
-    """What the teacher sees before each response; rows are question-major, ``Q * G`` of them."""
+    """What the teacher sees before each response; rows are question-major, `Q * G` of them."""
 
     prompts: Int[Host, "row teacher_time"]
     """Teacher prompt tokens, left-padded."""
@@ -63,7 +63,7 @@ class AnswerPrompts(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """A host's responses and what is read before them: ``N = Q * G`` rows, question-major."""
+    """A host's responses and what is read before them: `N = Q * G` rows, question-major."""
 
     prompts: dict[str, tuple[np.ndarray, np.ndarray]]
     """Tokens `[row, prompt_time]`, left-padded, and their mask, by view: what the `student` reads,
@@ -84,7 +84,7 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How questions become batches (config section ``data``)."""
+    """How questions become batches (config section `data`)."""
 
     questions_per_step: int = 32
     """Questions in a step; each gets `sampling.num_samples` responses."""
@@ -127,13 +127,13 @@ def make_examples(
     """Joins rollouts and teacher prompts into rows; a prompt is repeated for its group.
 
     Args:
-        rollouts: the responses.
-        teacher_prompts: what the teacher sees before each.
-        group: what the rewards say (`methods.group_statistics`).
-        answer_prompts: for objectives that need them.
+      rollouts: the responses.
+      teacher_prompts: what the teacher sees before each.
+      group: what the rewards say (`methods.group_statistics`).
+      answer_prompts: for objectives that need them.
 
     Raises:
-        ValueError: if the teacher prompts are not one row per response.
+      ValueError: if the teacher prompts are not one row per response.
     """
     questions, samples, time = rollouts.responses.shape
     rows = questions * samples

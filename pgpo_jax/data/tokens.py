@@ -33,7 +33,7 @@ def bucket(length: int, maximum: int, least: int = 16) -> int:
     of two.
 
     Raises:
-        ValueError: if `length` is longer than `maximum`.
+      ValueError: if `length` is longer than `maximum`.
     """
     if length > maximum:
         raise ValueError(f"length: got {length} tokens, must be at most {maximum}")
@@ -58,8 +58,8 @@ def render(
     has no meaning.
 
     Raises:
-        InputError: a conversation that the tokenizer's chat template refuses, or several messages
-            for a tokenizer without a chat template.
+      InputError: a conversation that the tokenizer's chat template refuses, or several messages
+        for a tokenizer without a chat template.
     """
     if getattr(tokenizer, "chat_template", None):
         options = dict(template_options or {})
@@ -191,18 +191,18 @@ def encode(
     """Chat-templates and tokenizes prompts, each up to where its response begins.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
-        conversations: one list of `{"role", "content"}` messages per prompt.
-        max_length: the limit in tokens.
-        template_options: options of the chat template, such as `{"enable_thinking": False}`.
-        names: what to call each question in an error (its key).
-        field: the setting that `max_length` comes from, for the error.
+      tokenizer: a Hugging Face tokenizer.
+      conversations: one list of `{"role", "content"}` messages per prompt.
+      max_length: the limit in tokens.
+      template_options: options of the chat template, such as `{"enable_thinking": False}`.
+      names: what to call each question in an error (its key).
+      field: the setting that `max_length` comes from, for the error.
 
     Returns:
-        One list of token ids per conversation, in order.
+      One list of token ids per conversation, in order.
 
     Raises:
-        InputError: naming the question, its tokens and the limit, if a prompt is over-long.
+      InputError: naming the question, its tokens and the limit, if a prompt is over-long.
     """
     texts = [render(tokenizer, messages, template_options) for messages in conversations]
     rows = tokenize(tokenizer, texts)

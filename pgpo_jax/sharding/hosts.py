@@ -48,8 +48,8 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
     With neither, JAX joins by itself where it finds a cluster (TPU pods, Slurm, MPI, Kubernetes).
 
     Raises:
-        InputError: the settings are incomplete or contradict each other.
-        TimeoutError: processes did not come within `config.timeout`; the message names them.
+      InputError: the settings are incomplete or contradict each other.
+      TimeoutError: processes did not come within `config.timeout`; the message names them.
     """
     address = config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = _setting("num_processes", config.num_processes, "JAX_NUM_PROCESSES")
@@ -116,7 +116,7 @@ def barrier(name: str, timeout: float = 300.0) -> None:
     """Wait until every process has reached the barrier `name` (use a name once).
 
     Raises:
-        TimeoutError: after `timeout` seconds; the message names the processes that did not come.
+      TimeoutError: after `timeout` seconds; the message names the processes that did not come.
     """
     if jax.process_count() == 1:
         return

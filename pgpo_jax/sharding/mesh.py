@@ -60,7 +60,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
     On a single process a mesh with stated sizes may use fewer devices than there are (the first).
 
     Raises:
-        InputError: the sizes do not fit the devices.
+      InputError: the sizes do not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
@@ -192,15 +192,15 @@ def to_global(tree: Any, mesh: Mesh) -> Any:
     """Global arrays whose rows (axis 0) are split over `BATCH_AXES`, from this host's own rows.
 
     Args:
-        tree: NumPy arrays `[own rows, ...]`, the same number of rows on every host.
-        mesh: their mesh.
+      tree: NumPy arrays `[own rows, ...]`, the same number of rows on every host.
+      mesh: their mesh.
 
     Returns:
-        The same tree of `jax.Array`, `[own rows * processes, ...]` in process order. On one
-        process, rows that do not divide over the mesh stay whole on every device.
+      The same tree of `jax.Array`, `[own rows * processes, ...]` in process order. On one
+      process, rows that do not divide over the mesh stay whole on every device.
 
     Raises:
-        InputError: with several processes, when the rows do not divide.
+      InputError: with several processes, when the rows do not divide.
     """
 
     def place(local):

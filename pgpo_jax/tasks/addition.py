@@ -1,6 +1,6 @@
 """Addition by a tutor who forgets to carry: the built-in task.
 
-Two 5-digit numbers, digits least significant first, as in ``12345+67890=``; the response is the six
+Two 5-digit numbers, digits least significant first, as in `12345+67890=`; the response is the six
 digits of the sum in the same order and the end token. The tutor's worked examples drop each carry
 with probability 1/2, so that a perfect imitator of plain questions is right 25.8 % of the time and
 no lower temperature sharpens its way out, while the examples that show a demonstration carry the
@@ -42,7 +42,7 @@ def digits(value: int, count: int) -> str:
 
 
 def prompt(first: int, second: int) -> str:
-    """The question's text, without the ``=`` that the chat template adds."""
+    """The question's text, without the `=` that the chat template adds."""
     return f"{digits(first, DIGITS)}+{digits(second, DIGITS)}"
 
 

@@ -26,7 +26,7 @@ def tagged_answer(response: str) -> tuple[str, bool]:
     """The text after the last `<answer>`, up to the next `</answer>`, stripped.
 
     Returns:
-        That text (of the whole response if there is no `<answer>`) and whether both tags stand.
+      That text (of the whole response if there is no `<answer>`) and whether both tags stand.
     """
     _, opening, rest = response.rpartition("<answer>")
     text, closing, _ = rest.partition("</answer>")
@@ -67,7 +67,7 @@ def gold_text(answer: str) -> str:
     r"""The part of a gold answer that is the answer: after GSM8K's `####`, inside its box.
 
     Raises:
-        ValueError: for several boxes that hold different texts, or an empty answer.
+      ValueError: for several boxes that hold different texts, or an empty answer.
     """
     _, _, text = answer.rpartition("####")
     held = {box.strip() for box in boxes(text)}

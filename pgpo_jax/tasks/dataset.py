@@ -134,9 +134,9 @@ def make_question(row: dict[str, Any], key: str, gold: str | None = None) -> Que
     """A row with `prompt` (string or conversation), optional `system`, `feedback`, `solution`.
 
     Args:
-        row: its columns.
-        key: the question's name.
-        gold: what a check compares with; without one, `answer` as text.
+      row: its columns.
+      key: the question's name.
+      gold: what a check compares with; without one, `answer` as text.
     """
     messages = rows.conversation(row)
     for name in ("feedback", "solution"):
@@ -151,7 +151,7 @@ def _with_options(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose prompt shows its options as `A: text` and whose answer is one of the letters.
 
     Raises:
-        RowError: options that are none, or an answer that does not name exactly one of them.
+      RowError: options that are none, or an answer that does not name exactly one of them.
     """
     labels, texts = _options(row["options"])
     answer = rows.column(row, "answer")

@@ -52,13 +52,13 @@ def read_file(path: Path, field: str = "task.path", text: Collection[str] = ()) 
     """The rows of a file, whose format is what its name says (JSON lines where it says nothing).
 
     Args:
-        path: the file.
-        field: where the config names it.
-        text: columns of CSV that stay text, whatever they look like.
+      path: the file.
+      field: where the config names it.
+      text: columns of CSV that stay text, whatever they look like.
 
     Raises:
-        InputError: a missing or empty file, a format that is not read, content of another format
-            than the name states, or rows that cannot be read, with their number.
+      InputError: a missing or empty file, a format that is not read, content of another format
+        than the name states, or rows that cannot be read, with their number.
     """
     if not path.is_file():
         raise InputError(
@@ -160,7 +160,7 @@ def _parse(content: bytes) -> Any:
     """JSON as the standard has it: no name twice, no NaN, no number that becomes infinite.
 
     Raises:
-        ValueError: with what is there.
+      ValueError: with what is there.
     """
     try:
         return json.loads(
@@ -289,7 +289,7 @@ def table_rows(table: Any, features: Mapping[str, Any], name: str, field: str) -
     Not decoded: a column of images or sounds may hold any path, which decoding would open.
 
     Raises:
-        InputError: two columns of one name, or labels that have no name.
+      InputError: two columns of one name, or labels that have no name.
     """
     names = table.column_names
     if len(set(names)) < len(names):

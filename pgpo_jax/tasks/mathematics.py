@@ -49,10 +49,10 @@ def math(response: str, answer: str, *, time_limit: float = 5.0) -> Outcome:
     math-verify, and the numbers in it once more, for it rounds them to a fixed number of decimals.
 
     Args:
-        response: the student's text.
-        answer: the expression, bare, between dollars or boxed, or a solution after whose `####` it
-            stands.
-        time_limit: seconds for one comparison by math-verify.
+      response: the student's text.
+      answer: the expression, bare, between dollars or boxed, or a solution after whose `####` it
+        stands.
+      time_limit: seconds for one comparison by math-verify.
     """
     given = last_boxed(response)
     if given is None:
@@ -71,8 +71,8 @@ def read_gold(answer: str, row: Mapping[str, Any]) -> str:
     """The expression that an answer gives, if a response can match it; asks math-verify.
 
     Raises:
-        ValueError: words beside mathematics, a form that means different things to different
-            readers, or an expression that math-verify does not parse or not tell from others.
+      ValueError: words beside mathematics, a form that means different things to different
+        readers, or an expression that math-verify does not parse or not tell from others.
     """
     text = gold_text(answer)
     gold = _bare(text)

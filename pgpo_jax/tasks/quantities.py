@@ -320,7 +320,7 @@ def _sign(lead: str) -> tuple[str, int, str]:
     """Takes brackets, currency and sign off the end of what stands before a number.
 
     Returns:
-        What is left, the sign and the currency.
+      What is left, the sign and the currency.
     """
     sign, money, brackets = "", "", 0
     while lead.rstrip()[-1:] and lead.rstrip()[-1] in "([{+-" + _MONEY:
@@ -390,13 +390,13 @@ def read(text: str, *, variables: bool = False) -> Quantity:
     """The one number that a text gives.
 
     Args:
-        text: an answer, not a whole response: words may stand around the number, another number may
-            not.
-        variables: a single letter that follows a number at once is a variable and no unit (`5m`).
+      text: an answer, not a whole response: words may stand around the number, another number may
+        not.
+      variables: a single letter that follows a number at once is a variable and no unit (`5m`).
 
     Raises:
-        Unreadable: a text that does not give one number, or in a form that is ambiguous.
-        NoNumber: there is none at all.
+      Unreadable: a text that does not give one number, or in a form that is ambiguous.
+      NoNumber: there is none at all.
     """
     if len(text) > LONGEST:
         raise Unreadable(f"a text of more than {LONGEST} characters")

@@ -16,7 +16,7 @@ def load(config: TaskConfig) -> Task:
     """Builds the task that the config names.
 
     Raises:
-        InputError: a missing file, split or column, rows that cannot be used (counted, the first
-            ones named), an empty data set, or a reward function that cannot be imported.
+      InputError: a missing file, split or column, rows that cannot be used (counted, the first
+        ones named), an empty data set, or a reward function that cannot be imported.
     """
     return TASKS[config.name](config)

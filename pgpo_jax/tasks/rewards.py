@@ -37,10 +37,10 @@ class _TooLong(BaseException):
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """A user's function from ``module:function``, importable from the current folder too.
+    """A user's function from `module:function`, importable from the current folder too.
 
     Raises:
-        InputError: if the module cannot be imported or has no such function.
+      InputError: if the module cannot be imported or has no such function.
     """
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -73,11 +73,11 @@ def load(name: str, limit: float) -> Reward:
     """A reward function by name.
 
     Args:
-        name: `module:function`.
-        limit: Seconds for one call.
+      name: `module:function`.
+      limit: Seconds for one call.
 
     Raises:
-        InputError: if it cannot be imported.
+      InputError: if it cannot be imported.
     """
     function = import_function(name)
 
@@ -124,21 +124,21 @@ def call_reward(
     be trusted, and zeros in their place would be trained on.
 
     Args:
-        name: ``module:function``, for errors.
-        function: called as ``function(prompts=..., completions=..., **columns)``, with copies: what
-            it changes is its own. What it prints goes to stderr.
-        prompts: strings or conversations, one a completion.
-        completions: strings, or conversations of one assistant message.
-        columns: the data set's other columns, each with one entry a completion.
-        limit: seconds for the call, see :func:`_time_limit`.
+      name: `module:function`, for errors.
+      function: called as `function(prompts=..., completions=..., **columns)`, with copies: what
+        it changes is its own. What it prints goes to stderr.
+      prompts: strings or conversations, one a completion.
+      completions: strings, or conversations of one assistant message.
+      columns: the data set's other columns, each with one entry a completion.
+      limit: seconds for the call, see :func:`_time_limit`.
 
     Returns:
-        One outcome a completion.
+      One outcome a completion.
 
     Raises:
-        InputError: if the function raises, takes longer than `limit`, or does not return one number
-            in [0, 1] a completion (alone, as (number, feedback text) or as
-            {"reward": ..., "feedback": ...}).
+      InputError: if the function raises, takes longer than `limit`, or does not return one number
+        in [0, 1] a completion (alone, as (number, feedback text) or as
+        {"reward": ..., "feedback": ...}).
     """
     arguments = copy.deepcopy({**columns, "prompts": prompts, "completions": completions})
     try:

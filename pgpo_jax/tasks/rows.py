@@ -24,7 +24,7 @@ def read_each(
     """`read(where, row)` of every row.
 
     Raises:
-        InputError: with the number of rows that raised a `RowError`, and the first of them.
+      InputError: with the number of rows that raised a `RowError`, and the first of them.
     """
     kept: list[Read] = []
     refused: list[str] = []
@@ -59,7 +59,7 @@ def column(row: Mapping[str, Any], name: str) -> Any:
     """One required column of a row.
 
     Raises:
-        RowError: with the columns it has.
+      RowError: with the columns it has.
     """
     if name not in row:
         raise RowError(f"got the columns {', '.join(row) or 'none'}; must have {name!r}")
@@ -72,7 +72,7 @@ def conversation(row: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
     """The messages of a row: `prompt`, a string or a conversation, after `system` if there is one.
 
     Raises:
-        RowError: for anything else, or a conversation that does not end with a question.
+      RowError: for anything else, or a conversation that does not end with a question.
     """
     prompt, system = column(row, "prompt"), row.get("system")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -108,8 +108,8 @@ def check_text(name: str, value: Any) -> None:
     """Text that a tokenizer takes as it is.
 
     Raises:
-        RowError: for another type, a NUL (which stands in no text, but in files that are none) or
-            half of a surrogate pair (which is no character).
+      RowError: for another type, a NUL (which stands in no text, but in files that are none) or
+        half of a surrogate pair (which is no character).
     """
     if not isinstance(value, str):
         raise RowError(f"got {str(value)[:80]} in the column {name!r}; must be a string")

@@ -53,14 +53,14 @@ def level_3_rows(hub_rows: Rows, domain: str) -> Rows:
     """The level-3 multiple-choice questions of a domain, in the columns of the published files.
 
     Args:
-        hub_rows: all rows of the hub data set, in its order.
-        domain: as in the config (the hub writes "Material").
+      hub_rows: all rows of the hub data set, in its order.
+      domain: as in the config (the hub writes "Material").
 
     Returns:
-        Rows with `idx` (the position in the domain's list), `system`, `prompt`, `answer`.
+      Rows with `idx` (the position in the domain's list), `system`, `prompt`, `answer`.
 
     Raises:
-        InputError: rows without a column that they must have.
+      InputError: rows without a column that they must have.
     """
 
     def read(where: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -85,7 +85,7 @@ def level_3_rows(hub_rows: Rows, domain: str) -> Rows:
 def load(config: TaskConfig) -> Task:
     """Level-3 multiple-choice questions of SciKnowEval (Feng et al., arXiv 2406.09098).
 
-    With `task.path`: ``<path>/<domain>/{train,test}.jsonl`` with the fields `idx`, `system`,
+    With `task.path`: `<path>/<domain>/{train,test}.jsonl` with the fields `idx`, `system`,
     `prompt`, `answer`. Without: the hub data set, filtered, in the split that the SDPO authors
     published. That split is drawn by position, so it is theirs as long as the hub's list is the one
     they had; another number of questions is a warning that says so.

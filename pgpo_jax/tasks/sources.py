@@ -37,7 +37,7 @@ class Source(NamedTuple):
         """The rows of a split.
 
         Raises:
-            InputError: no such split, with those that there are, or an empty one.
+          InputError: no such split, with those that there are, or an empty one.
         """
         found = self.find(name)
         if found is None:
@@ -59,13 +59,13 @@ def open_source(
     """What `path` names: what is local comes first, then the hub.
 
     Args:
-        path: a file, a folder or a hub id.
-        subset: the configuration name of a data set.
-        train_split: a folder whose own files are its splits has one of this name.
-        text: columns of CSV that stay text.
+      path: a file, a folder or a hub id.
+      subset: the configuration name of a data set.
+      train_split: a folder whose own files are its splits has one of this name.
+      text: columns of CSV that stay text.
 
     Raises:
-        InputError: nothing there, or nothing that can be read.
+      InputError: nothing there, or nothing that can be read.
     """
     local = Path(path)
     if local.is_dir():

@@ -77,9 +77,9 @@ def digest(task: Task) -> dict[str, str]:
     """What a task's content is, so that a resumed run can tell whether it is still the same.
 
     Returns:
-        `train`, `test` and, for a user's reward function, `reward`, each 16 hexadecimal digits.
-        Lists are hashed question by question (prompt, answer and every column, not the names of
-        files); a lazy sequence by its `repr`, which must state its parameters.
+      `train`, `test` and, for a user's reward function, `reward`, each 16 hexadecimal digits.
+      Lists are hashed question by question (prompt, answer and every column, not the names of
+      files); a lazy sequence by its `repr`, which must state its parameters.
     """
     found = {"train": _digest(task.train), "test": _digest(task.test)}
     return found | ({"reward": task.code[:16]} if task.code else {})
@@ -115,7 +115,7 @@ def worked_examples(
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What is asked and how it is judged (config section ``task``)."""
+    """What is asked and how it is judged (config section `task`)."""
 
     name: Name = "addition"
     """`addition`: built in, no files. `sciknoweval`: four science domains of multiple-choice

@@ -115,10 +115,10 @@ def leading(text: str) -> tuple[dict[str, int], int]:
     """The unit that a text begins with.
 
     Args:
-        text: what stands after a number, such as `m/s^2 upwards`.
+      text: what stands after a number, such as `m/s^2 upwards`.
 
     Returns:
-        The power of every symbol (empty if there is no unit) and where the unit ends.
+      The power of every symbol (empty if there is no unit) and where the unit ends.
     """
     unit: dict[str, int] = {}
     end, position, sign, factor, depth, last = 0, 0, 1, 1, 0, ""

@@ -55,7 +55,7 @@ def read_gold(row: Mapping[str, Any], verifier: str, check: Check) -> str:
     """The answer of a row that the check compares with.
 
     Raises:
-        RowError: where no response could be right: a night of rewards of 0 has an earlier sign.
+      RowError: where no response could be right: a night of rewards of 0 has an earlier sign.
     """
     answer = rows.column(row, "answer")
     if verifier != "tool_use":

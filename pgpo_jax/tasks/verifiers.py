@@ -108,10 +108,10 @@ def multiple_choice(response: str, answer: str, *, require_tags: bool = False) -
     """1 if the answer given is the letter; no feedback, as in SDPO (arXiv 2601.20802).
 
     Args:
-        response: the student's text. Its answer is the letter alone (a letter of full width is that
-            letter), or the text of `answer` as it stands.
-        answer: the letter, also in brackets or with a point. To a small one the large one is right.
-        require_tags: refuse a bare letter, which the reference accepts.
+      response: the student's text. Its answer is the letter alone (a letter of full width is that
+        letter), or the text of `answer` as it stands.
+      answer: the letter, also in brackets or with a point. To a small one the large one is right.
+      require_tags: refuse a bare letter, which the reference accepts.
     """
     text, tagged = tagged_answer(response)
     given = unicodedata.normalize("NFKC", _canonical(text))
@@ -245,8 +245,8 @@ def tool_use(response: str, answer: str) -> Outcome:
     """1 if the response calls the right tools in order with the right inputs.
 
     Args:
-        response: lines `Action: NAME` and `Action Input: JSON`, alternating.
-        answer: a JSON list of `{"Action": name, "Action_Input": object or its JSON text}`.
+      response: lines `Action: NAME` and `Action Input: JSON`, alternating.
+      answer: a JSON list of `{"Action": name, "Action_Input": object or its JSON text}`.
 
     The reference prints the gold calls in its feedback; this one only says what is wrong.
     """
