@@ -1,7 +1,7 @@
 """Packed rows: nothing is lost, nothing meets that should not, and no number changes."""
 
+import dataclasses
 import json
-import types
 
 import chex
 import jax
@@ -12,6 +12,7 @@ import yaml
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 from test_distributed import finish, start
 from test_step import ARCHITECTURE, assert_same, make_examples, numbers, place, setup
 from test_train import TINY, without_time
@@ -30,11 +31,19 @@ from pgpo_jax.losses import DistillationConfig
 from pgpo_jax.models import attention, decoder
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as the host needs."""
+
+    platform: str
+    index: int
+    process_index: int = 0
+
+
 def mesh_of(devices=1, platform="cpu"):
-    """As much of a mesh as the host needs."""
-    device = types.SimpleNamespace(platform=platform)
-    shape = {"data": devices, "fsdp": 1}
-    return types.SimpleNamespace(shape=shape, devices=np.array([device]))
+    """A mesh of devices that there need not be."""
+    held = np.array([[Device(platform, index)] for index in range(devices)])
+    return Mesh(held, ("data", "fsdp"))
 
 
 def batch_of(prompts, teacher_prompts, responses, widen=lambda length: length) -> Examples:
@@ -325,7 +334,8 @@ def test_the_padding_is_what_no_token_stands_in(layout):
 def test_weights_of_tokens_are_those_of_the_whole_batch(layout):
     batch = layout(SKEWED, mesh_of(2))
     for mode in ("sequence_mean", "token_mean"):
-        expected = losses.token_weights(SKEWED.response_mask, SKEWED.has_context, mode)
+        masks = map(jnp.asarray, (SKEWED.response_mask, SKEWED.has_context))
+        expected = losses.token_weights(*masks, mode)
         by_token = dict(zip(SKEWED.responses.ravel().tolist(), expected.ravel(), strict=True))
         known = responses_of(batch)
         flat = to_tokens(batch, losses.response_weights(known.lengths, known.has_context, mode))
