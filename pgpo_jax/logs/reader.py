@@ -63,7 +63,7 @@ class Experiment:
     runs: list[RunLog]
 
 
-def read_runs(folders: Sequence[str]) -> list[RunLog]:
+def read_runs(folders: Sequence[str | Path]) -> list[RunLog]:
     """The runs in these folders.
 
     Raises:
