@@ -149,7 +149,7 @@ def call_reward(
     except _TooLong as error:
         raise InputError(
             f"task.reward: {name} took longer than task.reward_limit = {limit:g} seconds for "
-            f"{len(completions)} completions{_place(error)}; make it faster or raise the limit"
+            f"{len(completions)} completions{error}; make it faster or raise the limit"
         ) from error
     except (Exception, SystemExit) as error:
         raise InputError(
@@ -211,9 +211,10 @@ def _time_limit(seconds: float) -> Iterator[None]:
     running = True
 
     def interrupt(number: int, frame: Any) -> None:
-        del number, frame
+        del number
         if running:
-            raise _TooLong
+            file, line = frame.f_code.co_filename, frame.f_lineno
+            raise _TooLong("" if file == __file__ else f" at {Path(file).name}:{line}")
 
     def send() -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
