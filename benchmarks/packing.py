@@ -18,10 +18,10 @@ compilation.
 """
 
 import argparse
+import dataclasses
 import os
 import statistics
 import time
-import types
 from typing import Any, NamedTuple
 
 import cases
@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
+from jax.sharding import Mesh
 
 from pgpo_jax import data, fused, sharding
 from pgpo_jax.data import Batch, DataConfig, Examples, pack
@@ -54,6 +55,15 @@ PRESETS = {
     "tiny": Preset(cases.TINY, rows=8, prompt=16, feedback=16, response=64),
     "small": Preset(cases.qwen3(8192, 256, 768, 6, 4, 2, 64), 8, 64, 64, 256),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as the host needs."""
+
+    index: int
+    platform: str = "none"
+    process_index: int = 0
 
 
 def make_examples(prompts, teacher_prompts, responses, vocab: int, limits: tuple[int, int, int]):
@@ -149,10 +159,8 @@ def compare(preset: Preset, examples: Examples, repeats: int) -> dict[str, Any]:
 def count_shapes(batches: int) -> dict[str, Any]:
     """Shapes of a run, and its padding; nothing is computed."""
     rows, devices, micro_batches = 256, 8, 4
-    device = types.SimpleNamespace(platform="none")
-    mesh: Any = types.SimpleNamespace(
-        shape={"data": 1, "fsdp": devices}, devices=np.array([device], object)
-    )
+    held = np.array([[Device(index) for index in range(devices)]])
+    mesh = Mesh(held, ("data", "fsdp"))
     rng = np.random.default_rng(2)
     shapes: dict[str, set] = {"padded": set(), "packed": set()}
     shares = []
