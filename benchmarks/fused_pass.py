@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import time
 
+import cases
 import jax
 import jax.numpy as jnp
 import measure
