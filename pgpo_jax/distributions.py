@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 NEVER = -1e30
@@ -26,11 +25,15 @@ class Vocabulary(NamedTuple):
     unknown: tuple[int, ...] = ()
     """Rows before it that are no tokens."""
 
-    def is_padding(self, rows: int) -> np.ndarray:
-        """Whether each of `rows` is no token, bool."""
-        padding = np.arange(rows) >= (rows if self.size is None else self.size)
-        padding[[row for row in self.unknown if row < rows]] = True
-        return padding
+    def mask(self, logits: Float[Array, "*batch vocab"], value: float) -> Array:
+        """The logits, with `value` at the rows that are no tokens."""
+        rows = logits.shape[-1]
+        padded = jnp.arange(rows) >= (rows if self.size is None else self.size)
+        if self.unknown:
+            padded = padded.at[jnp.array(self.unknown)].set(True)
+        elif self.size is None or self.size >= rows:
+            return logits
+        return jnp.where(padded, jnp.asarray(value, logits.dtype), logits)
 
 
 def mask_padding(
@@ -38,13 +41,8 @@ def mask_padding(
 ) -> Array:
     """Sets the logits of rows that are no tokens to `NEVER`: those from `vocab_size` on, or as a
     `Vocabulary` says."""
-    if isinstance(vocab_size, Vocabulary):
-        padded = vocab_size.is_padding(logits.shape[-1])
-    elif vocab_size is None or vocab_size >= logits.shape[-1]:
-        return logits
-    else:
-        padded = jnp.arange(logits.shape[-1]) >= vocab_size
-    return jnp.where(padded, jnp.asarray(NEVER, logits.dtype), logits)
+    tokens = vocab_size if isinstance(vocab_size, Vocabulary) else Vocabulary(vocab_size)
+    return tokens.mask(logits, NEVER)
 
 
 def log_probs(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:

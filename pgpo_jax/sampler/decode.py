@@ -48,12 +48,7 @@ def distribution(logits: Float[Array, "row vocab"], rule: Rule) -> Float[Array, 
     token kept are kept. At temperature 0: the model's own, without any of this.
     """
     scores = logits.astype(jnp.float32)
-    if rule.unknown_tokens:
-        padding = Vocabulary(rule.vocab_size, rule.unknown_tokens).is_padding(scores.shape[-1])
-        scores = jnp.where(padding[None, :], -jnp.inf, scores)
-    elif rule.vocab_size is not None:
-        padding = jnp.arange(scores.shape[-1]) >= rule.vocab_size
-        scores = jnp.where(padding[None, :], -jnp.inf, scores)
+    scores = Vocabulary(rule.vocab_size, rule.unknown_tokens).mask(scores, -jnp.inf)
     if rule.temperature > 0:
         scores = scores / rule.temperature
         if rule.top_k is not None and rule.top_k < scores.shape[-1]:

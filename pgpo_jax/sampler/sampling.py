@@ -79,10 +79,8 @@ class SamplingConfig:
             unknown_tokens=(min(self.unknown_tokens, default=0) >= 0, "tokens, 0 or more"),
         )
 
-    def vocabulary(self) -> Any:
+    def vocabulary(self) -> Vocabulary:
         """Which tokens may be drawn, for the loss: its distributions must be over the same."""
-        if not self.unknown_tokens:
-            return self.vocab_size
         return Vocabulary(self.vocab_size, self.unknown_tokens)
 
     def rule(self) -> decode.Rule:
