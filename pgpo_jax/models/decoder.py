@@ -353,10 +353,10 @@ class Decoder(nnx.Module):
 
     def _product(self, x: Array, weight: Array, axes: int = 1) -> Array:
         """x times a float32 matrix, in the type of the computation."""
-        reduce_dtype = self.options.reduce_dtype
-        if reduce_dtype is None:
-            return _product(x, weight.astype(self.options.dtype), axes)
-        return _reduced_product(x, weight, axes, reduce_dtype)
+        options = self.options
+        if options.reduce_dtype is None:  # the gradient is of the type of what is multiplied
+            weight = weight.astype(options.dtype)
+        return _product(x, weight, axes, options.reduce_dtype)
 
     def _final(self, x: Array) -> Array:
         return _norm(x, self.norm[...], self.config.rms_norm_eps)
@@ -413,52 +413,32 @@ class Decoder(nnx.Module):
         return jax.checkpoint(layer, policy=saved[self.options.remat], prevent_cse=not scanned)
 
 
-def _tensordot(x: Array, weight: Array, axes: int = 1) -> Array:
-    return jnp.tensordot(x, weight, axes)
+def _tensordot(x: Array, weight: Array, axes: int, reduce_dtype: Any) -> Array:
+    del reduce_dtype
+    return jnp.tensordot(x, weight.astype(x.dtype), axes)
 
 
-def _tensordot_forward(x: Array, weight: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
-    return _tensordot(x, weight, axes), (x, weight)
+def _tensordot_forward(
+    x: Array, weight: Array, axes: int, reduce_dtype: Any
+) -> tuple[Array, tuple[Array, Array]]:
+    return _tensordot(x, weight, axes, reduce_dtype), (x, weight)
 
 
 def _tensordot_backward(
-    axes: int, operands: tuple[Array, Array], gradient: Array
+    axes: int, reduce_dtype: Any, operands: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     x, weight = operands
     rows = list(range(x.ndim - axes))
     columns = list(range(len(rows), gradient.ndim))
-    to_x = jnp.tensordot(gradient, weight, (columns, list(range(axes, weight.ndim))))
-    return to_x, jnp.tensordot(x, gradient, (rows, rows))
-
-
-# The gradient of a weight comes out the way the weight lies. JAX's own is the transpose of a
-# product, for which a CPU first transposes the wider operand: a tenth of an update.
-_product: Any = jax.custom_vjp(_tensordot, nondiff_argnums=(2,))
-_product.defvjp(_tensordot_forward, _tensordot_backward)
-
-
-def _reduced_backward(
-    axes: int, reduce_dtype: Any, operands: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    """As `_tensordot_backward`, but the matrix's gradient is rounded to `reduce_dtype` alone."""
-    x, weight = operands
-    to_x, _ = _tensordot_backward(axes, (x, weight.astype(x.dtype)), gradient)
-    rows = list(range(x.ndim - axes))
+    to_x = jnp.tensordot(gradient, weight.astype(x.dtype), (columns, [*range(axes, weight.ndim)]))
     to_weight = jnp.tensordot(x, gradient, (rows, rows), preferred_element_type=reduce_dtype)
     return to_x, to_weight.astype(weight.dtype)
 
 
-_reduced_product: Any = jax.custom_vjp(
-    lambda x, weight, axes, reduce_dtype: _tensordot(x, weight.astype(x.dtype), axes),
-    nondiff_argnums=(2, 3),
-)
-_reduced_product.defvjp(
-    lambda x, weight, axes, reduce_dtype: (
-        _tensordot(x, weight.astype(x.dtype), axes),
-        (x, weight),
-    ),
-    _reduced_backward,
-)
+# The gradient of a weight comes out the way the weight lies. JAX's own is the transpose of a
+# product, for which a CPU first transposes the wider operand: a tenth of an update.
+_product: Any = jax.custom_vjp(_tensordot, nondiff_argnums=(2, 3))
+_product.defvjp(_tensordot_forward, _tensordot_backward)
 
 
 @jax.custom_vjp
