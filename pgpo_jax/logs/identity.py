@@ -5,7 +5,10 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
+from pgpo_jax.logs import jsonl
+
 FILE = "trackers.json"
+METRICS = "metrics.jsonl"
 
 
 class Identity(NamedTuple):
@@ -34,17 +37,8 @@ def identify(folder: Path, name: str | None, resume_from: int | None) -> Identit
     found = {"id": uuid.uuid4().hex[:12], "name": folder.name} | before
     if found != before:
         path.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    sent = _last_step(folder / "metrics.jsonl") if before else -1
+    sent = -1
+    if before and (folder / METRICS).is_file():  # not the line at which a run was killed
+        rows = (line.row.get("step") for line in jsonl.read(folder / METRICS))
+        sent = max((step for step in rows if isinstance(step, int)), default=-1)
     return Identity(found["id"], name or found["name"], sent)
-
-
-def _last_step(path: Path) -> int:
-    last = -1
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    last = max(last, int(json.loads(line)["step"]))
-                except (ValueError, KeyError, TypeError):
-                    continue  # the line at which a run was killed
-    return last

@@ -41,6 +41,17 @@ class MetricsConfig:
         require("metrics", self, **rules)
 
 
+class TrackedRun(NamedTuple):
+    """A run that begins or goes on, as its trackers are told."""
+
+    folder: Path
+    config: dict[str, Any]
+    """Its configuration, resolved."""
+    start: int | None
+    """The step of the checkpoint that it goes on from; None where it begins."""
+    identity: Identity
+
+
 class Tracker(NamedTuple):
     """Somewhere else that metrics go."""
 
@@ -48,23 +59,17 @@ class Tracker(NamedTuple):
     close: Callable[[], Any]
 
 
-def _wandb(
-    config: MetricsConfig,
-    folder: Path,
-    run: dict[str, Any],
-    start: int | None,
-    identity: Identity,
-) -> Tracker:
+def _wandb(config: MetricsConfig, run: TrackedRun) -> Tracker:
     wandb = _import("wandb")
     session = wandb.init(
         project=config.project,
-        id=identity.id,
-        name=identity.name,
-        dir=str(folder),
-        config=run,
-        resume="never" if start is None else "allow",
+        id=run.identity.id,
+        name=run.identity.name,
+        dir=str(run.folder),
+        config=run.config,
+        resume="never" if run.start is None else "allow",
     )
-    return Tracker(_after(identity.sent, session.log), session.finish)
+    return Tracker(_after(run.identity.sent, session.log), session.finish)
 
 
 def _after(sent: int, log: Callable[..., Any]) -> Callable[[int, dict[str, float]], Any]:
@@ -72,17 +77,10 @@ def _after(sent: int, log: Callable[..., Any]) -> Callable[[int, dict[str, float
     return lambda step, row: log(row, step=step) if step > sent else None
 
 
-def _tensorboard(
-    config: MetricsConfig,
-    folder: Path,
-    run: dict[str, Any],
-    start: int | None,
-    identity: Identity,
-) -> Tracker:
-    del run, identity  # TensorBoard has no place for them
-    purge = None if start is None else start + 1
+def _tensorboard(config: MetricsConfig, run: TrackedRun) -> Tracker:
+    purge = None if run.start is None else run.start + 1
     writer = _import("tensorboardX").SummaryWriter(
-        str(folder / "tensorboard" / (config.name or "")), purge_step=purge
+        str(run.folder / "tensorboard" / (config.name or "")), purge_step=purge
     )
 
     def log(step: int, row: dict[str, float]) -> None:
@@ -92,22 +90,15 @@ def _tensorboard(
     return Tracker(log, writer.close)
 
 
-def _trackio(
-    config: MetricsConfig,
-    folder: Path,
-    run: dict[str, Any],
-    start: int | None,
-    identity: Identity,
-) -> Tracker:
-    del folder
+def _trackio(config: MetricsConfig, run: TrackedRun) -> Tracker:
     trackio = _import("trackio")
     trackio.init(
         project=config.project,
-        name=f"{identity.name}-{identity.id}",  # it goes on with a run by its name
-        config=run,
-        resume="never" if start is None else "allow",
+        name=f"{run.identity.name}-{run.identity.id}",  # it goes on with a run by its name
+        config=run.config,
+        resume="never" if run.start is None else "allow",
     )
-    return Tracker(_after(identity.sent, trackio.log), trackio.finish)
+    return Tracker(_after(run.identity.sent, trackio.log), trackio.finish)
 
 
 TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard, "trackio": _trackio}

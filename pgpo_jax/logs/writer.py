@@ -26,7 +26,7 @@ from pgpo_jax.logs.alarms import is_number
 from pgpo_jax.logs.console import Console, Row, summary
 from pgpo_jax.logs.identity import identify
 from pgpo_jax.logs.jsonl import Lines
-from pgpo_jax.logs.trackers import TRACKERS, MetricsConfig, Tracker
+from pgpo_jax.logs.trackers import TRACKERS, MetricsConfig, TrackedRun, Tracker
 
 
 class Writer:
@@ -75,12 +75,12 @@ class Writer:
         with _writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
         # Before the files are started anew: a tracker that is missing must not cost an old run.
-        for name in dict.fromkeys(self._config.trackers):
-            settings = dict(run_config or {})
+        if self._config.trackers:
             place = folder.resolve()
             identity = identify(place, self._config.name, resume_from)
-            tracker = TRACKERS[name](self._config, place, settings, resume_from, identity)
-            self._trackers.append(tracker)
+            run = TrackedRun(place, dict(run_config or {}), resume_from, identity)
+            for name in dict.fromkeys(self._config.trackers):
+                self._trackers.append(TRACKERS[name](self._config, run))
         with _writable(folder):
             self._files = {
                 name: Lines(folder / name, resume_from, (sizes or {}).get(name))

@@ -258,6 +258,20 @@ def test_a_resumed_run_is_one_run_for_a_tracker_and_sends_no_step_twice(
     assert (resume, steps) == ("allow", [1])
 
 
+def test_a_run_has_one_identity_for_all_its_trackers_and_keeps_it(tmp_path, monkeypatch):
+    config, seen = MetricsConfig(trackers=("wandb", "trackio")), []
+    for resume_from in (None, 1):
+        calls = []
+        for module in config.trackers:
+            monkeypatch.setitem(sys.modules, module, fake_modules(calls))
+        with Writer(tmp_path, config, total_steps=2, resume_from=resume_from) as writer:
+            writer.write(1, {"loss": 0.5})
+        wandb, trackio = (named for name, _, named in calls if name == "init")
+        assert trackio["name"] == f"{wandb['name']}-{wandb['id']}"
+        seen.append(wandb["id"])
+    assert seen[0] == seen[1]
+
+
 def test_tensorboard_files_are_written(tmp_path):
     pytest.importorskip("tensorboardX", reason="the dev extra brings it")
     with Writer(tmp_path, MetricsConfig(trackers=("tensorboard",)), total_steps=1) as writer:
