@@ -185,9 +185,7 @@ def lower_train_step(setup: Setup, alpha: float | None = None) -> jax.stages.Low
     train_step: Any = make_train_step(
         _graphdef(setup),
         optimizer,
-        fused.Options(
-            config.distillation, tuple(config.metrics.estimators), config.sampling.vocabulary()
-        ),
+        fused.Options(config.distillation, config.metrics.estimators, config.sampling.vocabulary()),
         train_state_shardings(params, optimizer),
         objective=methods.make_objective(config.objective),
         teacher_config=config.teacher,
@@ -214,9 +212,7 @@ def whole_arrays(setup: Setup) -> list[dict[str, Any]]:
 
 def shard_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of arrays, or of shapes with shardings."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
+    return sum(sharding.shard_bytes(x, x.sharding) for x in jax.tree.leaves(tree))
 
 
 def state_bytes(setup: Setup) -> dict[str, int]:

@@ -105,6 +105,11 @@ def shardings(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def shard_bytes(array: Any, where: jax.sharding.Sharding) -> int:
+    """Bytes that one device holds of an array, or of its shape."""
+    return math.prod(where.shard_shape(array.shape)) * array.dtype.itemsize
+
+
 class WholeArray(NamedTuple):
     """An axis of an array that the mesh was to split but does not divide."""
 
@@ -124,13 +129,12 @@ def whole_arrays(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> list[WholeArra
     found = []
     for (path, shape), names in zip(jax.tree.leaves_with_path(shapes_tree), axes, strict=True):
         where = spec(names, shape.shape, mesh)
-        part = NamedSharding(mesh, where).shard_shape(shape.shape)
+        here = shard_bytes(shape, NamedSharding(mesh, where))
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         for axis, size, used in zip(names, shape.shape, where, strict=True):
             over = _mesh_axes(axis)
             parts = math.prod(mesh.shape[name] for name in over)
             if parts > 1 and used is None:
-                here = math.prod(part) * shape.dtype.itemsize
                 found.append(WholeArray(name, axis, size, " x ".join(over), parts, here))
     return found
 
@@ -141,11 +145,7 @@ def describe_whole(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> list[str]:
     if not found:
         return []
     placed = jax.tree.leaves(shardings(axes_tree, shapes_tree, mesh))
-    shapes = jax.tree.leaves(shapes_tree)
-    here = sum(
-        math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
-        for place, x in zip(placed, shapes, strict=True)
-    )
+    here = sum(map(shard_bytes, jax.tree.leaves(shapes_tree), placed))
     split = {name for place in placed for name in jax.tree.leaves(tuple(place.spec))}
     lines = [
         f"mesh.{axis} = {mesh.shape[axis]} divides no array of the model"
