@@ -130,11 +130,14 @@ def _build(run: Run, state: TrainState) -> Callable[..., Any]:
     """The update that a run's configuration states."""
     config = run.config
     optimizer = make_optimizer(config.optimizer, read_multipliers(config.optimizer.replay))
-    estimators = tuple(config.metrics.estimators)
     return make_train_step(
         run.policy.graphdef,
         optimizer,
-        fused.Options(config.distillation, estimators, run.policy.sampling.vocabulary()),
+        fused.Options(
+            config.distillation,
+            config.metrics.estimators,
+            run.policy.sampling.vocabulary(),
+        ),
         train_state_shardings(state.student, optimizer, state.teacher),
         objective=methods.make_objective(config.objective),
         teacher_config=config.teacher,

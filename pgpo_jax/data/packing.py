@@ -95,8 +95,8 @@ def pack(examples: Examples, config: DataConfig, mesh: Mesh) -> Batch:
         packed = _several_a_row(sizes, widths, parts)
         if config.packing == "always" and packed is None:
             packed = _several_a_row(sizes, sizes.limits, parts)
-        saving = SAVING if config.packing == "auto" else -1.0
-        if packed is not None and packed.columns <= (1 - saving) * layout.columns:
+        asked = config.packing == "always"
+        if packed is not None and (asked or packed.columns <= (1 - SAVING) * layout.columns):
             layout = packed
     return _fill(examples, layout)
 
