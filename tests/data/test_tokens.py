@@ -1,8 +1,7 @@
 """Prompt tokens: what a tokenizer writes around a text, and templates that read the clock."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from byte_level import make_tokenizer
 
 from pgpo_jax import data, hf
 from pgpo_jax.errors import InputError
@@ -14,34 +13,15 @@ TURNS = (
 )
 
 
-def make_tokenizer(around="$A", template=None):
-    vocabulary = ["<bos>", "<eos>", "<|turn|>", "<|start|>"]
-    vocabulary += sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({text: i for i, text in enumerate(vocabulary)}, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.post_processor = processors.TemplateProcessing(
-        single=around, special_tokens=[("<bos>", 0), ("<eos>", 1)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        additional_special_tokens=["<|turn|>", "<|start|>"],
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
 @pytest.mark.parametrize("around", ["$A", "<bos> $A", "$A <eos>", "<bos> $A <eos>"])
 def test_a_prompt_keeps_what_opens_it_and_never_ends_with_the_end_token(around):
-    tokenizer = make_tokenizer(around)
+    tokenizer = make_tokenizer(around=around)
     (tokens,) = data.encode(tokenizer, [QUESTION], max_length=9)
     assert tokenizer.decode(tokens) == ("<bos>" if "<bos>" in around else "") + "1+1="
 
 
 def test_an_opening_token_that_stands_in_the_text_is_not_written_twice():
-    tokenizer = make_tokenizer("<bos> $A")
+    tokenizer = make_tokenizer(around="<bos> $A")
     assert data.tokenize(tokenizer, ["<bos>x"]) == data.tokenize(tokenizer, ["x"])
 
 

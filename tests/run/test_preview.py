@@ -3,13 +3,13 @@
 import dataclasses
 import json
 
+import byte_level
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from byte_level import ALPHABET
 from refusal import ARCHITECTURE
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from pgpo_jax import config as config_module
 from pgpo_jax import distributions, fused, hf, losses
@@ -19,29 +19,13 @@ from pgpo_jax.run import load_run
 from pgpo_jax.run.preview import clip, preview
 from pgpo_jax.sampler import rollout
 
-SPECIAL = ("<bos>", "<eos>", "<|turn|>", "<|start|>")
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 ANSWER = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 ONE = "<|start|>{{ m['role'] }}\n{{ m['content'] }}<|turn|>\n"
 CHAT = "{% for m in messages %}" + ONE + "{% endfor %}" + ANSWER
 
 
-def make_tokenizer(template=CHAT, around="$A", vocabulary=None):
-    vocabulary = vocabulary or {text: i for i, text in enumerate([*SPECIAL, *ALPHABET])}
-    raw = Tokenizer(models.BPE(vocabulary, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.post_processor = processors.TemplateProcessing(
-        single=around, special_tokens=[(name, vocabulary[name]) for name in ("<bos>", "<eos>")]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        additional_special_tokens=["<|turn|>", "<|start|>"],
-    )
-    tokenizer.chat_template = template
-    return tokenizer
+def make_tokenizer(template=CHAT, *arguments, **named):
+    return byte_level.make_tokenizer(template, *arguments, **named)
 
 
 @pytest.fixture
