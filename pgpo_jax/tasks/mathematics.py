@@ -7,30 +7,20 @@ the memory there is.
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
-import json
-import os
 import re
-import select
-import subprocess
-import sys
-import threading
-import time
 import unicodedata
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.tasks import quantities, units
+from pgpo_jax.tasks import quantities, units, workers
 from pgpo_jax.tasks.answers import Outcome, gold_text, last_boxed
 
 NO_BOX = "The response has no \\boxed{} answer."
 LONGEST = 2000
 """Characters; no answer is longer, and parsing one takes for ever."""
-PROCESSES = min(4, os.cpu_count() or 1)
-"""How many comparisons run at the same time."""
+_pool = workers.Pool("math_worker.py")
 
 
 def require_math_verify() -> None:
@@ -205,108 +195,3 @@ def _compare(gold: str, given: str, seconds: float) -> bool | None:
     if all(beside) and beside[0] != beside[1]:
         return False
     return _pool.ask([_latex(text, equation=equations) for text in (gold, given)], seconds)
-
-
-# --- processes ------------------------------------------------------------------------------------
-
-
-class _Process:
-    """`math_worker.py` as a persistent process, started when needed, replaced when it ends.
-
-    A plain child process and not multiprocessing: that would import the caller's main script again.
-    """
-
-    START_LIMIT = 120.0  # seconds; importing sympy on a busy machine
-    works = False  # whether one has ever started
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def ask(self, expressions: list[str | None], seconds: float) -> bool | None:
-        """The verdict, or None after a time-out, a crash or an expression that cannot be parsed."""
-        if not self._running() and not self._start():
-            return None
-        assert self._process is not None
-        assert self._process.stdin is not None
-        request = json.dumps([*expressions, seconds]) + "\n"
-        try:
-            self._process.stdin.write(request.encode())
-            answer = self._read(seconds + 2)  # the worker's own limit comes first
-        except OSError:
-            answer = None
-        if answer is None:
-            self.stop()
-            return None
-        return json.loads(answer)
-
-    def _running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def _start(self) -> bool:
-        self.stop()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,  # an interrupt at the console is for the run, not for this
-        )
-        if self._read(self.START_LIMIT) is not None:
-            _Process.works = True
-            return True
-        self.stop()
-        if not self.works:  # not one response's fault, so not a reward of 0
-            raise RuntimeError("the math-verify process does not start: tasks/math_worker.py")
-        return False
-
-    def _read(self, seconds: float) -> bytes | None:
-        """One line of the worker's output, or None when time or the worker is over."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        output, line, end = self._process.stdout.fileno(), b"", time.monotonic() + seconds
-        while not line.endswith(b"\n"):
-            ready, _, _ = select.select([output], [], [], max(0.0, end - time.monotonic()))
-            chunk = os.read(output, 4096) if ready else b""
-            if not chunk:
-                return None
-            line += chunk
-        return line
-
-    def stop(self) -> None:
-        """Ends the process, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                if stream is not None:
-                    stream.close()
-            self._process = None
-
-
-class _Pool:
-    """At most :data:`PROCESSES` comparisons at a time, each by a process that is free.
-
-    The process used last is used first, so that comparisons one by one start only one.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._free, self._count = [_Process() for _ in range(size)], threading.Semaphore(size)
-
-    def ask(self, expressions: list[str | None], seconds: float) -> bool | None:
-        """See :meth:`_Process.ask`."""
-        with self._count:
-            process = self._free.pop()
-            try:
-                return process.ask(expressions, seconds)
-            finally:
-                self._free.append(process)
-
-    def stop(self) -> None:
-        """Ends the processes that are free; at exit, all of them."""
-        for process in self._free:
-            process.stop()
-
-
-_pool = _Pool(PROCESSES)
-atexit.register(_pool.stop)

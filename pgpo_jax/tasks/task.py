@@ -17,7 +17,7 @@ from pgpo_jax.errors import InputError, require
 from pgpo_jax.tasks.answers import Outcome
 from pgpo_jax.tasks.verifiers import VERIFIERS
 
-Name = Literal["addition", "sciknoweval", "dataset"]
+Name = Literal["addition", "sciknoweval", "reasoning_gym", "dataset"]
 Domain = Literal["biology", "chemistry", "materials", "physics"]
 COLUMNS = ("prompt", "answer", "system", "feedback", "solution", "options")
 MOST_SECONDS = 24 * 3600
@@ -119,7 +119,8 @@ class TaskConfig:
 
     name: Name = "addition"
     """`addition`: built in, no files. `sciknoweval`: four science domains of multiple-choice
-    questions. `dataset`: your files, folder or Hugging Face data set."""
+    questions. `reasoning_gym`: one of the hundred procedural data sets of that package. `dataset`:
+    your files, folder or Hugging Face data set."""
 
     path: str | None = None
     """`sciknoweval`: a folder with `<domain>/{train,test}.jsonl` (default: the hub data set).
@@ -150,6 +151,12 @@ class TaskConfig:
     domain: Domain = "chemistry"
     """`sciknoweval`: which domain."""
 
+    dataset: str | None = None
+    """`reasoning_gym`: which of its data sets, such as `word_sequence_reversal`."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """`reasoning_gym`: the settings of that data set, such as `{max_words: 5}`."""
+
     verifier: Literal["multiple_choice", "math", "exact", "numeric", "tool_use"] | None = None
     """`dataset`: how a response is compared with the column `answer` (or set `reward`)."""
 
@@ -166,16 +173,20 @@ class TaskConfig:
     """Accept an answer only between `<answer>` and `</answer>`, not a bare one."""
 
     time_limit: float = 5.0
-    """Seconds for one mathematical comparison; a longer one counts as failed (reward 0)."""
+    """Seconds for one comparison by the verifier math or one score of `reasoning_gym`; a longer one
+    counts as failed (reward 0)."""
 
     train_questions: int | None = None
-    """Use only the first so many training questions (default: all; `addition`: 1,000,000)."""
+    """Use only the first so many training questions (default: all; `addition`: 1,000,000;
+    `reasoning_gym`: 10,000)."""
 
     test_questions: int | None = None
-    """Use only the first so many held-out questions (default: all; `addition`: 256)."""
+    """Use only the first so many held-out questions (default: all; `addition` and `reasoning_gym`:
+    256)."""
 
     seed: int = 0
-    """Chooses the questions of `addition` and those that `test_fraction` holds out."""
+    """Chooses the questions of `addition` and `reasoning_gym`, and those that `test_fraction` holds
+    out."""
 
     def __post_init__(self) -> None:
         counts = (self.train_questions, self.test_questions)
@@ -206,6 +217,10 @@ class TaskConfig:
                 f"names of columns for {', '.join(COLUMNS)}",
             ),
         )
+        if self.name == "reasoning_gym" and not self.dataset:
+            raise InputError(
+                "task.dataset: got nothing; `reasoning_gym` needs the name of one of its data sets"
+            )
         if self.name == "dataset" and not self.path:
             raise InputError("task.path: got nothing; `dataset` needs a file, a folder or a hub id")
         if self.name == "dataset" and (self.verifier is None) == (self.reward is None):
@@ -225,19 +240,23 @@ class TaskConfig:
         read = {
             "addition": common | {"seed"},
             "sciknoweval": common | {"path", "domain", "require_tags"},
-            "dataset": names - {"domain"},
+            "reasoning_gym": common | {"seed", "dataset", "options", "require_tags", "time_limit"},
+            "dataset": names - {"domain", "dataset", "options"},
         }[self.name]
-        verifier = "multiple_choice" if self.name == "sciknoweval" else self.verifier
-        if verifier and verifier == self.verifier:  # stating the only one there is does no harm
-            read = read | {"verifier"}
+        verifier = self.verifier
+        if self.name == "sciknoweval":
+            verifier = "multiple_choice"
+            if self.verifier == verifier:  # stating the only one there is does no harm
+                read = read | {"verifier"}
         found = dict.fromkeys(names - read, f"task.name = {self.name} does not read it")
         if self.reward is None:
             found["reward_limit"] = "there is no task.reward"
-        if self.reward or verifier not in ("multiple_choice", "exact", "numeric"):
+        tagged = ("multiple_choice", "exact", "numeric")
+        if self.reward or (verifier not in tagged and self.name != "reasoning_gym"):
             judge = "task.reward" if self.reward else f"the verifier {verifier}"
             found.setdefault("require_tags", f"{judge} does not read it")
-        if verifier != "math":
-            found.setdefault("time_limit", "it is for the verifier math")
+        if verifier != "math" and (self.reward or self.name != "reasoning_gym"):
+            found.setdefault("time_limit", "it is for the verifier math and for reasoning_gym")
         if self.test_path is not None:
             found["test_split"] = "task.test_path says what is held out"
         named = [name for name in ("test_path", "test_split") if getattr(self, name) is not None]

@@ -10,7 +10,7 @@ from decimal import Decimal
 from functools import partial
 from typing import Any
 
-from pgpo_jax.tasks import mathematics, rows
+from pgpo_jax.tasks import mathematics, rows, workers
 from pgpo_jax.tasks.answers import Outcome
 from pgpo_jax.tasks.rows import RowError
 from pgpo_jax.tasks.task import Question, TaskConfig, Verify
@@ -36,7 +36,7 @@ def verify_by(config: TaskConfig, name: str) -> Verify:
             raise ValueError(f"{len(questions)} questions and {len(responses)} responses")
         if name != "math":
             return list(map(judge, questions, responses))
-        with ThreadPoolExecutor(mathematics.PROCESSES) as threads:
+        with ThreadPoolExecutor(workers.PROCESSES) as threads:
             return list(threads.map(judge, questions, responses))
 
     return verify

@@ -1,0 +1,135 @@
+"""Worker processes of verifiers: libraries that may hang, crash or take all the memory there is.
+
+A worker is a script that imports neither jax nor the package. It writes one line of JSON when it is
+ready, then reads one request `[..., seconds]` a line and writes one answer a line; null is no
+answer. It ends itself when a request takes longer than its seconds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+PROCESSES = min(4, os.cpu_count() or 1)
+"""How many requests are worked on at the same time."""
+READY = "ready"
+
+
+class Pool:
+    """At most `PROCESSES` requests at a time, each by a process that is free.
+
+    The process used last is used first, so that requests one by one start only one.
+    """
+
+    def __init__(self, script: str, arguments: Sequence[str] = ()) -> None:
+        """`script` is the name of a file beside this one; no process is started yet."""
+        path = str(Path(__file__).with_name(script))
+        self._free = [_Process([path, *arguments]) for _ in range(PROCESSES)]
+        self._count = threading.Semaphore(PROCESSES)
+        atexit.register(self.stop)
+
+    def ask(self, request: Sequence[Any], seconds: float) -> Any:
+        """The answer to `[*request, seconds]`, or None after a time-out, a crash or none.
+
+        Raises:
+          ValueError: What the worker says instead of being ready.
+          RuntimeError: No process of this script starts.
+        """
+        with self._count:
+            process = self._free.pop()
+            try:
+                return process.ask([*request, seconds], seconds)
+            finally:
+                self._free.append(process)
+
+    def stop(self) -> None:
+        """Ends the processes that are free; at exit, all of them."""
+        for process in self._free:
+            process.stop()
+
+
+class _Process:
+    """A script as a persistent process, started when needed, replaced when it ends.
+
+    A plain child process and not multiprocessing: that would import the caller's main script again.
+    """
+
+    START_LIMIT = 120.0  # seconds; importing sympy on a busy machine
+    works: ClassVar[set[str]] = set()  # the scripts of which one has ever started
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: Sequence[Any], seconds: float) -> Any:
+        """The answer, or None."""
+        if not self._running() and not self._start():
+            return None
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write((json.dumps(request) + "\n").encode())
+            answer = self._read(seconds + 2)  # the worker's own limit comes first
+        except OSError:
+            answer = None
+        if answer is None:
+            self.stop()
+            return None
+        return json.loads(answer)
+
+    def _running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _start(self) -> bool:
+        self.stop()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", *self._command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,  # an interrupt at the console is for the run, not for this
+        )
+        first = self._read(self.START_LIMIT)
+        if first is None:
+            self.stop()
+            if self._command[0] not in self.works:  # not one response's fault, so not a reward of 0
+                raise RuntimeError(f"a process of this script does not start: {self._command[0]}")
+            return False
+        if (said := json.loads(first)) != READY:
+            self.stop()
+            raise ValueError(said)
+        self.works.add(self._command[0])
+        return True
+
+    def _read(self, seconds: float) -> bytes | None:
+        """One line of the worker's output, or None when time or the worker is over."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        output, line, end = self._process.stdout.fileno(), b"", time.monotonic() + seconds
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([output], [], [], max(0.0, end - time.monotonic()))
+            chunk = os.read(output, 65536) if ready else b""
+            if not chunk:
+                return None
+            line += chunk
+        return line
+
+    def stop(self) -> None:
+        """Ends the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    stream.close()
+            self._process = None
