@@ -33,10 +33,8 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ablation_report
-import curves
 import jax
-import measure
+from support import ablation_report, curves, measure
 
 from pgpo_jax import config as config_module
 from pgpo_jax import convert, train

@@ -30,8 +30,8 @@ import threading
 import time
 from collections import Counter
 
-import measure
 import yaml
+from support import measure
 
 from pgpo_jax import checkpoint
 

@@ -21,10 +21,9 @@ import dataclasses
 import functools
 import time
 
-import cases
 import jax
 import jax.numpy as jnp
-import measure
+from support import cases, measure
 
 from pgpo_jax import fused, sharding
 from pgpo_jax.information import Estimator

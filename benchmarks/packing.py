@@ -24,12 +24,11 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
-import cases
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
 from jax.sharding import Mesh
+from support import cases, measure
 
 from pgpo_jax import data, fused, sharding
 from pgpo_jax.data import Batch, DataConfig, Examples, pack

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from typing import Any
 
-from measure import RESULTS
+from support.measure import RESULTS
 
 CONFIG = "configs/tpu_pod.yaml"
 # Topology -> mesh (data, fsdp, tensor), micro-batches, slots of the sampler. One row at a time on

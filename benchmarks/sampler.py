@@ -30,8 +30,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
+from support import measure
 
 from pgpo_jax import hf, sampler
 from pgpo_jax.models import decoder

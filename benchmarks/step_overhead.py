@@ -11,12 +11,11 @@ once.
 
 import argparse
 
-import cases
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
 import optax
+from support import cases, measure
 
 from pgpo_jax import fused, sharding
 from pgpo_jax.losses import DistillationConfig

@@ -2,10 +2,10 @@
 
 The update is the whole of SDPO with the multiplier of PGPO: student forward and backward, the
 teacher's forward over a longer prompt, the divergence on the student's top 100 and the tail,
-entropy gap, clipping, AdamW, multiplier, and the teacher's moving average. `torch_peer.py` is the
-same in PyTorch and transformers, from the same weights, on the same batch and threads; the run
-fails if the two disagree on the losses. On a CPU the two take turns; on a GPU, whose memory both
-together would overflow, PyTorch comes first.
+entropy gap, clipping, AdamW, multiplier, and the teacher's moving average. `support/torch_peer.py`
+is the same in PyTorch and transformers, from the same weights, on the same batch and threads; the
+run fails if the two disagree on the losses. On a CPU the two take turns; on a GPU, whose memory
+both together would overflow, PyTorch comes first.
 
 The physics: a product with P parameters takes 2 P operations per token, forward, and twice that
 backward, attention 2 T^2 per head, its width and sequence of T tokens (the causal half). So an
@@ -35,12 +35,11 @@ import tempfile
 import time
 from typing import Any
 
-import cases
 import jax
 import jax.numpy as jnp
-import measure
 import optax
 from flax import nnx
+from support import cases, measure
 
 from pgpo_jax import fused, hf, sharding
 from pgpo_jax.data import Batch, Examples
@@ -202,7 +201,7 @@ def with_params(preset: Preset, mesh, options: decoder.Options):
 def make_peer(folder, preset: Preset, examples: Examples, threads: int | None):
     """The peer and no reason, or no peer and the reason."""
     try:
-        import torch_peer
+        from support import torch_peer
     except ImportError as error:
         return None, f"{error}: pip install 'pgpo_jax[peers]'"
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
@@ -264,7 +263,7 @@ def main() -> None:
 
     take_turns = jax.default_backend() == "cpu"
     if peer is not None:
-        import torch_peer
+        from support import torch_peer
 
         peer_versions = torch_peer.VERSIONS
         if not take_turns:

@@ -37,11 +37,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import measure
 import numpy as np
 import scipy.stats
-import weak_moments
-import weak_paths
+from support import measure, weak_moments, weak_paths
 
 ETAS = 2.0 ** -np.arange(3, 10)
 CHECKPOINTS = 8

@@ -23,7 +23,7 @@ def module(monkeypatch):
 
 @pytest.fixture
 def curves(module):
-    return module("curves")
+    return module("support.curves")
 
 
 def curve(curves, steps=(0, 10), rewards=((0.0, 1.0), (1.0, 1.0)), **updates):
@@ -151,7 +151,7 @@ def test_an_alarm_is_judged_by_lead_time_misses_and_false_alarms(curves):
 
 
 def test_a_report_compares_within_seeds_on_the_last_the_best_and_the_mean(module, curves):
-    report = module("ablation_report")
+    report = module("support.ablation_report")
     runs = {
         ("sdpo", 0): curve(curves, rewards=((0.0, 0.0), (0.5, 0.5))),
         ("sdpo", 1): curve(curves, rewards=((0.0, 0.0), (0.5, 0.75))),

@@ -25,12 +25,12 @@ def benchmarks(monkeypatch):
 
 @pytest.fixture
 def moments(benchmarks):
-    return importlib.import_module("weak_moments")
+    return importlib.import_module("support.weak_moments")
 
 
 @pytest.fixture
 def paths(benchmarks):
-    return importlib.import_module("weak_paths")
+    return importlib.import_module("support.weak_paths")
 
 
 @pytest.fixture

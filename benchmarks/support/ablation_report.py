@@ -5,10 +5,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import curves
 import numpy as np
-from curves import Curve
 from scipy import stats
+
+from support import curves
+from support.curves import Curve
 
 Runs = Mapping[tuple[str, int], Curve]
 """Curves by arm and seed, arms in order."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What the benchmarks share: cases, timing, curves of runs, reports, and what they compare with."""
