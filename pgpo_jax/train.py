@@ -40,7 +40,13 @@ from pgpo_jax.run import (
     token_columns,
 )
 from pgpo_jax.sampler import rollout
-from pgpo_jax.state import TrainState, abstract_train_state, init_train_state, train_state_shardings
+from pgpo_jax.state import (
+    TrainState,
+    abstract_train_state,
+    init_train_state,
+    train_state_shardings,
+    with_fresh_teacher,
+)
 from pgpo_jax.step import make_train_step
 from pgpo_jax.tasks import Outcome, Question
 from pgpo_jax.warm_start import warm_start
@@ -84,6 +90,8 @@ def train(config: Config) -> int:
             told = records(questions, rollouts, outcomes, shown)
             tokens = functools.partial(token_columns, run.policy.tokenizer, rollouts, divergence)
             session.writer.samples(step + 1, told, tokens)
+            if session.refreshes_teacher(run.config, step + 1, row):
+                state = with_fresh_teacher(state)
             if session.write(step + 1, row):  # an alarm asks for a reaction
                 run, state = reactions.react(run), reactions.react_in_state(run.config, state)
                 train_step = _build(run, state)
