@@ -73,7 +73,8 @@ def train(config: Config) -> int:
             clock.lap("rollout")
             outcomes = verify(run.task, questions, rollouts.texts)
             rng = keys.generator(config.seed, Stream.REPROMPT, step)
-            shown = reprompt(run.policy, questions, rollouts, outcomes, rng, run.reprompt)
+            solve = run.task.solution
+            shown = reprompt(run.policy, questions, rollouts, outcomes, rng, run.reprompt, solve)
             batch = _make_batch(run, questions, rollouts, outcomes, shown)
             clock.lap("reprompt")
             updates = int(information_state(state.opt_state).count)
