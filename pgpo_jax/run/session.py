@@ -10,6 +10,7 @@ import jax
 
 from pgpo_jax import sharding
 from pgpo_jax.checkpoint import Checkpoints
+from pgpo_jax.config import Config
 from pgpo_jax.errors import InputError, RunError, printable
 from pgpo_jax.logs import End, Watch, Writer
 from pgpo_jax.methods import Gate, Progress, refresh_due

@@ -21,7 +21,7 @@ def refreshes(config, rewards, cuts=None, save_at=None) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("steps", "expected"), [(100, [25, 50, 75]), (10, [2, 5, 8]), (2, [1, 2]), (1, [])]
+    ("steps", "expected"), [(100, [25, 50, 75]), (10, [2, 5, 8]), (2, [1, 2]), (1, [1])]
 )
 def test_restarts_come_at_their_parts_of_the_run(steps, expected):
     assert refreshes(TeacherConfig("restarts"), [0.0] * steps) == expected

@@ -170,6 +170,24 @@ def test_a_target_leaves_information_and_entropies_those_of_the_teacher():
     chex.assert_trees_all_close(found._replace(divergence=0), plain._replace(divergence=0))
 
 
+@pytest.mark.parametrize("chosen", [DEMOPSD, VETO], ids=["demopsd", "veto"])
+def test_a_target_keeps_no_logits_beyond_a_chunks(chosen):
+    tokens, vocab, chunk = 64, 512, 16
+    shape = jax.ShapeDtypeStruct((tokens, EMBED), jnp.float32)
+    heads = jax.ShapeDtypeStruct((vocab, EMBED), jnp.float32)
+    config = DistillationConfig("reverse_kl", top_k=None, chunk_size=chunk)
+    options = fused.Options(config, target=make_objective(chosen).target)
+    rows = fused.Tokens(jnp.zeros(tokens, int), jnp.ones(tokens))
+
+    def loss(hidden, head, teacher, plain):
+        sides = fused.Side(hidden, head), fused.Side(teacher, head)
+        return fused.distill(*sides, rows, options, plain)[0]
+
+    lowered = jax.jit(jax.grad(loss, (0, 1))).lower(shape, heads, shape, shape)
+    assert f"tensor<{chunk}x{vocab}xf32>" in lowered.as_text()
+    assert f"tensor<{tokens}x{vocab}xf32>" not in lowered.as_text()
+
+
 def test_only_demopsd_runs_the_teacher_without_its_context():
     side = fused.Side(jnp.zeros((3, 1)), jnp.zeros((2, 1)))
     terms = fused.Terms(*[jnp.zeros(3)] * 5, information={}, weight=jnp.ones(3), policy=None)
