@@ -49,6 +49,9 @@ REFERENCE = "pgpo_1.0"
 EARLY = {"optimizer.alpha": 0.0, "alarms.information_fraction": 1 / 3}
 """SDPO that reacts when the information stays below a third of its highest running mean."""
 
+REVERSE = {"optimizer.alpha": 0.0, "distillation.kind": "reverse_kl"}
+"""What is asked of a student that is pulled to another target than the teacher."""
+
 ARMS: dict[str, dict[str, Any]] = {
     "sdpo": {"optimizer.alpha": 0.0},
     "pgpo_0.5": {"optimizer.alpha": 0.5},
@@ -86,6 +89,29 @@ ARMS: dict[str, dict[str, Any]] = {
     "sdpo_reacts_early_lower_rate": {**EARLY, "alarms.reaction": "lower_rate"},
     "sdpo_reacts_early_freeze_teacher": {**EARLY, "alarms.reaction": "freeze_teacher"},
     "sdpo_reacts_early_rehearse": {**EARLY, "alarms.reaction": "rehearse"},
+    # Rivals of configs/rivals/ with the same names; left out too.
+    "demopsd": {**REVERSE, "objective.target": "demopsd"},
+    "veto": {**REVERSE, "objective.target": "veto"},
+    "opsd": {
+        "optimizer.alpha": 0.0,
+        "reprompt.source": "solution",
+        "distillation.kind": "forward_kl",
+        "distillation.token_clip": 1.0,
+        "teacher.refresh": "frozen",
+    },
+    "opsa_control": {
+        "optimizer.alpha": 0.0,
+        "objective.distillation": 0.0,
+        "objective.policy": 1.0,
+        "objective.advantage": "low_probability",
+    },
+    "teacher_restarts": {"optimizer.alpha": 0.0, "teacher.refresh": "restarts"},
+    "teacher_gated": {
+        "optimizer.alpha": 0.0,
+        "teacher.refresh": "gated",
+        "teacher.period": 10,
+        "teacher.gate_rise": 0.02,
+    },
 }
 """Arm -> fields. In braces: `seed`, `steps`; of the REFERENCE run of the same seed its metrics file
 (`reference`) and the learning rate times its mean multiplier (`matched_rate`, and up to its best

@@ -88,6 +88,10 @@ class Options:
     policy_terms: Callable[[Array, Array | None, Array, Any], Array] | None = None
     """A policy gradient: the student's log-prob of the token, the sampler's (or None), the
     student's log-prob of the teacher's likeliest token, and `Tokens.policy` -> its loss."""
+    target: Callable[[Array, Array, Array | None], Array] | None = None
+    """Another distribution than the teacher's to pull the student to: log-probs of the student, the
+    teacher and the teacher without its context (None where `distill` got none), `[tokens, vocab]`,
+    without gradient -> logits. None: the teacher's."""
 
 
 class _Rows(NamedTuple):
@@ -95,10 +99,15 @@ class _Rows(NamedTuple):
 
     teacher_hidden: Array
     tokens: Tokens
+    plain_hidden: Array | None = None
 
 
 def distill(
-    student: Side, teacher: Side, tokens: Tokens, options: Options
+    student: Side,
+    teacher: Side,
+    tokens: Tokens,
+    options: Options,
+    plain: Float[Array, "tokens embed"] | None = None,
 ) -> tuple[Float[Array, ""], Terms]:
     """The distillation loss of a batch of tokens, and all that is measured at them, in one pass.
 
@@ -112,6 +121,8 @@ def distill(
       teacher: For the same tokens; its hidden states may have another width.
       tokens: Tokens and weights.
       options: What to compute.
+      plain: The teacher's hidden states without its context, for an `options.target` that reads
+        them: one more product with the teacher's head.
 
     Returns:
       The loss, a float32 scalar, and the `Terms`, `[tokens]` each.
@@ -124,7 +135,7 @@ def distill(
       Wang et al., PGPO, https://arxiv.org/abs/2606.03620 (the information)
       Hsu et al., Liger Kernel, https://arxiv.org/abs/2410.10989 (gradients in the forward pass)
     """
-    _check_shapes(student, teacher, tokens.tokens)
+    _check_shapes(student, teacher, tokens.tokens, plain)
     measure = functools.partial(token_terms, options=options)
     walk = functools.partial(_walk, measure=measure, options=options)
 
@@ -147,7 +158,8 @@ def distill(
         return d_hidden, d_head, None, None
 
     vocabulary_pass.defvjp(forward, backward)
-    rows = _Rows(teacher.hidden, tokens._replace(weights=tokens.weights.astype(jnp.float32)))
+    tokens = tokens._replace(weights=tokens.weights.astype(jnp.float32))
+    rows = _Rows(teacher.hidden, tokens, plain)
     loss, terms = vocabulary_pass(*student, *jax.lax.stop_gradient((teacher.head, rows)))
     return loss, jax.lax.stop_gradient(terms)
 
@@ -155,7 +167,8 @@ def distill(
 def score(side: Side, tokens: Int[Array, " tokens"], options: Options) -> Float[Array, " tokens"]:
     """Log-probs of tokens at the loss's temperature, nats, without gradient."""
 
-    def token_log_probs(logits, _, rows):
+    def token_log_probs(logits, teacher_logits, rows, plain_logits):
+        del teacher_logits, plain_logits
         masked = distributions.mask_padding(logits / options.config.temperature, options.vocab_size)
         return information.at_tokens(distributions.log_probs(masked), rows.tokens)
 
@@ -176,10 +189,13 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Sum over tokens of weight * -log-prob at the loss's temperature, nats; the gradient goes to
     both arrays of `side`."""
+    # The divergence that is free, and nothing done to it: its weight is 0.
+    free = dataclasses.replace(options.config, kind="sampled", token_clip=None)
     options = dataclasses.replace(
         options,
-        config=dataclasses.replace(options.config, kind="sampled"),  # the divergence that is free
+        config=free,
         policy_terms=lambda token_log_probs, *_: -token_log_probs,
+        target=None,
     )
     rows = Tokens(tokens, jnp.zeros_like(weights), policy=_Weighted(weights))
     return distill(side, side, rows, options)[0]
@@ -190,40 +206,33 @@ def token_terms(
     teacher_logits: Float[Array, "*tokens vocab"],
     rows: Tokens,
     options: Options,
+    plain_logits: Float[Array, "*tokens vocab"] | None = None,
 ) -> Terms:
-    """All `Terms` of tokens whose logits are at hand.
+    """All `Terms` of tokens whose logits are at hand; `plain_logits` as `plain` of `distill`.
 
     In here, `divergence` and `policy` do carry a gradient, to `student_logits`.
     """
     config, tokens = options.config, rows.tokens
-    student, teacher = (
-        distributions.mask_padding(logits / config.temperature, options.vocab_size)
-        for logits in (student_logits, teacher_logits)
-    )
+
+    def masked(logits):
+        return distributions.mask_padding(logits / config.temperature, options.vocab_size)
+
+    student, teacher = masked(student_logits), masked(teacher_logits)
     # The functions below normalise the same logits again; the compiler does it once.
     log_s, log_q = distributions.log_probs(student), distributions.log_probs(teacher)
     token_log_probs = information.at_tokens(log_s, tokens)
-    teacher_token_log_probs = information.at_tokens(log_q, tokens)
     at_argmax = information.at_tokens(log_s, jnp.argmax(log_q, axis=-1))
-    if config.kind == "sampled":
-        divergence = losses.sampled_divergence(token_log_probs, teacher_token_log_probs)
-    elif config.kind == "teacher_argmax":
-        divergence = -at_argmax
-    else:
-        divergence = losses.divergence(
-            student,
-            teacher,
-            kind=config.kind,
-            jsd_weight=config.jsd_weight,
-            top_k=config.top_k,
-            tail=config.tail,
-        )
+    target = teacher
+    if options.target is not None:
+        plain = None if plain_logits is None else distributions.log_probs(masked(plain_logits))
+        target = options.target(*jax.lax.stop_gradient((log_s, log_q, plain)))
+    divergence = _divergence(student, target, tokens, config)
     old, weight = rows.sampler_log_probs, jnp.ones_like(token_log_probs)
     if old is not None and config.importance_cap is not None:
         weight = losses.importance_weight(token_log_probs, old, config.importance_cap)
     measured = {
         "token_log_probs": token_log_probs,
-        "teacher_token_log_probs": teacher_token_log_probs,
+        "teacher_token_log_probs": information.at_tokens(log_q, tokens),
         "student_entropy": distributions.entropy(log_s),
         "teacher_entropy": distributions.entropy(log_q),
         "information": {
@@ -236,6 +245,27 @@ def token_terms(
     if rows.policy is not None and options.policy_terms is not None:
         policy = options.policy_terms(token_log_probs, old, at_argmax, rows.policy)
     return Terms(divergence=divergence, policy=policy, **jax.lax.stop_gradient(measured))
+
+
+def _divergence(student, target, tokens, config: losses.DistillationConfig):
+    """The divergence of the student from the target, both given as logits."""
+    log_s, log_q = distributions.log_probs(student), distributions.log_probs(target)
+    if config.kind == "sampled":
+        return losses.sampled_divergence(
+            information.at_tokens(log_s, tokens), information.at_tokens(log_q, tokens)
+        )
+    if config.kind == "teacher_argmax":
+        found = -information.at_tokens(log_s, jnp.argmax(log_q, axis=-1))
+    else:
+        found = losses.divergence(
+            student,
+            target,
+            kind=config.kind,
+            jsd_weight=config.jsd_weight,
+            top_k=config.top_k,
+            tail=config.tail,
+        )
+    return losses.clip_divergence(found, config.token_clip)
 
 
 def _token_loss(terms: Terms, rows: Tokens) -> Array:
@@ -298,10 +328,10 @@ def _walk(hidden, rows: _Rows, heads, *, measure, options: Options, with_gradien
         return *per_token, jax.tree.map(lambda x: x[None], d_head)
 
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = jax.tree.map(lambda x: _fill(x, -(-count // shards) * shards), (hidden, rows))
+    filled = jax.tree.map(lambda x: _fill(x, -(-count // shards) * shards), (hidden, rows))
     # Whole in `embed`: gathered once and in the compute dtype, not in every chunk.
     heads = tuple(place(head, "tensor", None) for head in heads)
-    *per_token, d_head = on_each(*rows, heads)
+    *per_token, d_head = on_each(*filled, heads)
     # The head's gradient is summed over shards once, straight into the parameter's layout.
     d_head = jax.tree.map(
         lambda x: place(jnp.sum(x, axis=0).reshape(vocab, embed), "tensor", "fsdp"), d_head
@@ -322,16 +352,19 @@ def _over_chunks(hidden, rows: _Rows, heads, *, measure, chunk_size, with_gradie
         return _fill(rows, chunks * chunk).reshape(chunks, chunk, *rows.shape[1:])
 
     def step(d_head, rows_of_chunk):
-        hidden, (teacher_hidden, tokens) = rows_of_chunk
+        hidden, (teacher_hidden, tokens, plain_hidden) = rows_of_chunk
         student = _keep(logits(hidden, student_head), None, tensor)
-        teacher = _keep(logits(teacher_hidden, teacher_head), None, tensor)
+        teacher, plain = (
+            None if rows is None else _keep(logits(rows, teacher_head), None, tensor)
+            for rows in (teacher_hidden, plain_hidden)
+        )
 
         def token_loss(student):
-            terms = measure(student, teacher, tokens)
+            terms = measure(student, teacher, tokens, plain_logits=plain)
             return _token_loss(terms, tokens), terms
 
         if not with_gradient:
-            return None, (measure(student, teacher, tokens), None)
+            return None, (measure(student, teacher, tokens, plain_logits=plain), None)
         loss, gradient_of, terms = jax.vjp(token_loss, student, has_aux=True)
         (d_logits,) = gradient_of(jnp.ones_like(loss))
         # A token that does not count may hold anything, NaN included.
@@ -394,12 +427,14 @@ def _fill(rows, size: int):
     return jnp.pad(rows, [(0, size - rows.shape[0])] + [(0, 0)] * (rows.ndim - 1))
 
 
-def _check_shapes(student: Side, teacher: Side, tokens: Array) -> None:
+def _check_shapes(student: Side, teacher: Side, tokens: Array, plain: Array | None) -> None:
     count, vocab = tokens.shape[0], student.head.shape[0]
+    theirs = (count, teacher.head.shape[1])
     wanted = {
         "student.hidden": (student.hidden, (count, student.head.shape[1])),
-        "teacher.hidden": (teacher.hidden, (count, teacher.head.shape[1])),
+        "teacher.hidden": (teacher.hidden, theirs),
         "teacher.head": (teacher.head, (vocab, teacher.head.shape[1])),
+        "plain": (teacher.hidden if plain is None else plain, theirs),
     }
     for name, (array, shape) in wanted.items():
         if array.shape != shape:

@@ -21,13 +21,18 @@ class DistillationConfig:
 
     kind: Literal["forward_kl", "reverse_kl", "jsd", "sampled", "teacher_argmax"] = "jsd"
     """Divergence per response token; `sampled` is the cheap score-function estimate of the reverse
-    KL, `teacher_argmax` the cross-entropy with the teacher's likeliest token (TGPO, reg)."""
+    KL, `teacher_argmax` the cross-entropy with the teacher's likeliest token (TGPO, reg). Where
+    `objective.target` is another than the teacher, that stands in its place."""
     jsd_weight: float = 0.5
     """Weight w of the teacher in the mixture M = (1 - w) student + w teacher of `jsd`."""
     top_k: int | None = 100
     """Compare on the student's k largest logits; null takes the full vocabulary."""
     tail: bool = True
     """Keep the probability outside the top k in one more bucket; false renormalises over the k."""
+    token_clip: float | None = None
+    """Most nats that the divergence of one token counts, as few stylistic tokens may carry most of
+    it (OPSD); a token above has this value and no gradient. null does not clip. OPSD itself clips
+    every vocabulary entry's part; the clip of a token's sum is our reading."""
     temperature: float = 1.0
     """Both sides' logits are divided by it."""
     aggregation: Aggregation = "sequence_mean"
@@ -51,6 +56,11 @@ class DistillationConfig:
             top_k=(
                 self.top_k is None or self.top_k >= 1,
                 "at least 1, or null for the full vocabulary",
+            ),
+            token_clip=(
+                self.token_clip is None or (self.token_clip > 0 and self.kind != "sampled"),
+                "positive, or null; null with distillation.kind sampled, whose value is no "
+                "divergence",
             ),
             temperature=(self.temperature > 0, "positive"),
             importance_cap=(
@@ -127,6 +137,17 @@ def sampled_divergence(
     """
     advantage = jax.lax.stop_gradient(token_log_probs - teacher_token_log_probs)
     return advantage * token_log_probs
+
+
+def clip_divergence(
+    per_token: Float[Array, "*tokens"], most: float | None
+) -> Float[Array, "*tokens"]:
+    """Nats per token, above `most` that number without a gradient; None leaves them as they are.
+
+    References:
+      Zhao et al., OPSD, https://arxiv.org/abs/2601.18734
+    """
+    return per_token if most is None else jnp.where(per_token > most, most, per_token)
 
 
 def importance_weight(

@@ -57,9 +57,9 @@ class Forward(NamedTuple):
     """The student after the prompts of a view; the gradient flows here."""
     teacher: Callable[[str], Side]
     """The teacher after the prompts of a view."""
-    distill: Callable[[Side, Side, Float[Array, " tokens"], Any], tuple[Array, Terms]]
-    """`fused.distill` of two sides, the weights of the divergence, and a policy gradient or None.
-    """
+    distill: Callable[..., tuple[Array, Terms]]
+    """`fused.distill` of two sides, the weights of the divergence, a policy gradient or None, and
+    the teacher's hidden states without its context, for a target that reads them."""
     score: Callable[[Side], Float[Array, " tokens"]]
     """Log-probs of the response tokens, without gradient."""
     cross_entropy: Callable[[Side, Float[Array, " tokens"]], Array]
@@ -81,6 +81,8 @@ class Objective(NamedTuple):
     measurements, summed over micro-batches."""
     policy_terms: Callable[..., Array] | None = None
     """`fused.Options.policy_terms`, for objectives with a policy gradient."""
+    target: Callable[..., Array] | None = None
+    """`fused.Options.target`, for objectives that pull the student to another distribution."""
 
 
 def sdpo_weights(

@@ -1,8 +1,10 @@
-"""What the teacher may see: a successful sibling response, or feedback, in the question's prompt.
+"""What the teacher may see: a successful sibling response, a given solution, or feedback, in the
+question's prompt.
 
 Source: Hübotter et al., "Reinforcement Learning via Self-Distillation" (SDPO), arXiv 2601.20802,
-and its published code. The references cut over-long teacher prompts silently, one losing the
-instruction and the other the question; here the demonstration gets shorter, and that is counted.
+and its published code; a given solution is that of Zhao et al., OPSD, arXiv 2601.18734. The
+references cut over-long teacher prompts silently, one losing the instruction and the other the
+question; here the demonstration gets shorter, and that is counted.
 """
 
 import dataclasses
@@ -39,6 +41,7 @@ THINKING: Mapping[str, str] = {
 """The marks around a model's reasoning."""
 
 Build = Callable[[str | None, str], str]
+Solve = Callable[[Question], str | None]
 
 FIELDS = {
     "reprompt": ("{prompt}", "{solution}", "{feedback}"),
@@ -54,6 +57,11 @@ class RepromptConfig:
 
     threshold: float = 0.5
     """A response with at least this reward is a success and may be shown to its siblings."""
+
+    source: Literal["sibling", "solution", "both"] = "sibling"
+    """Where a demonstration is from: a `sibling`'s success; the `solution` that the data give (a
+    column, or the worked answer of a task that has one), as it stands, so that every response has a
+    context (OPSD); or `both`: a sibling's where there is one, else the solution."""
 
     demonstration: Literal["sibling", "none", "other", "plain"] = "sibling"
     """`sibling` is the method. Controls that train the same rows: `none`, the teacher sees the
@@ -98,6 +106,11 @@ class RepromptConfig:
             threshold=(math.isfinite(self.threshold), "finite"),
             max_length=(self.max_length > 0, "positive (tokens)"),
         )
+        if self.source != "sibling" and self.demonstration == "other":
+            raise InputError(
+                f"reprompt.source: got {self.source}; must be sibling with reprompt.demonstration "
+                "other, which shows a success of another question"
+            )
         for name, fields in (*FIELDS.items(), ("evidence", FIELDS["solution"])):
             template = getattr(self, f"{name}_template")
             if template is not None and not all(field in template for field in fields):
@@ -258,6 +271,7 @@ def reprompt(
     outcomes: Sequence[Sequence[Outcome]],
     rng: np.random.Generator,
     config: RepromptConfig,
+    solution: Solve | None = None,
 ) -> data.TeacherPrompts:
     """Builds the teacher's prompt of every response.
 
@@ -268,6 +282,7 @@ def reprompt(
       outcomes: `[Q][G]`, what the verifier said.
       rng: derived from the run's seed and the step.
       config: thresholds, templates (`with_templates` adds a task's), limit, controls.
+      solution: the task's (`Task.solution`), for a `source` that shows it.
 
     Returns:
       `Q * G` rows, question-major, as wide as the widest of all hosts. A response that got
@@ -276,7 +291,7 @@ def reprompt(
     Raises:
       InputError: if not even one character of a demonstration or feedback fits the limit.
     """
-    shown = _what_is_shown(policy, questions, rollouts, outcomes, rng, config)
+    shown = _what_is_shown(policy, questions, rollouts, outcomes, rng, config, solution)
     has_context = np.array([row.demonstration is not None or row.feedback != "" for row in shown])
     if config.demonstration == "plain":
         has_context[:] = True
@@ -344,16 +359,20 @@ def _what_is_shown(
     outcomes: Sequence[Sequence[Outcome]],
     rng: np.random.Generator,
     config: RepromptConfig,
+    solution: Solve | None,
 ) -> list[_Shown]:
     """Demonstration and feedback of every response, question-major."""
     rewards = [[outcome.reward for outcome in group] for group in outcomes]
     chosen = choose_demonstrations([q.key for q in questions], rewards, rng, config)
+    given: list[str | None] = [None] * len(questions)
+    if config.source != "sibling" and solution is not None:
+        given = [solution(question) for question in questions]
     shown = []
     for question, group in enumerate(outcomes):
         for sample, outcome in enumerate(group):
-            pair = chosen[question][sample]
-            demonstration = None if pair is None else rollouts.texts[pair[0]][pair[1]]
-            if demonstration is not None and config.remove_thinking:
+            pair = None if config.source == "solution" else chosen[question][sample]
+            demonstration = given[question] if pair is None else rollouts.texts[pair[0]][pair[1]]
+            if pair is not None and demonstration is not None and config.remove_thinking:
                 demonstration = as_demonstration(policy, questions[question], demonstration)
             wanted = config.use_feedback == "always" or (
                 config.use_feedback == "without_demonstration" and demonstration is None

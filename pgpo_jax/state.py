@@ -48,6 +48,11 @@ def init_train_state(
     )
 
 
+def with_fresh_teacher(state: TrainState) -> TrainState:
+    """The state whose teacher is the student of now, in memory of its own."""
+    return state._replace(teacher=jax.tree.map(jnp.copy, state.student))
+
+
 def abstract_train_state(
     params: Any, optimizer: optax.GradientTransformation, teacher: Any = None
 ) -> TrainState:

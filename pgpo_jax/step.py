@@ -67,7 +67,8 @@ def make_train_step(
       be anything.
     """
     mesh, aggregation = shardings.step.mesh, options.config.aggregation
-    options = dataclasses.replace(options, mesh=mesh, policy_terms=objective.policy_terms)
+    hooks = {"policy_terms": objective.policy_terms, "target": objective.target}
+    options = dataclasses.replace(options, mesh=mesh, **hooks)
     models = graphdef, teacher_graphdef or graphdef
 
     def loss_fn(student, teacher, batch: Batch, weights):
@@ -153,9 +154,9 @@ def _forward(
     def after(model, view: str) -> Side:
         return Side(response_hidden(model, batch, view), model.head())
 
-    def distill(student: Side, teacher: Side, weights: Array, policy: Any):
+    def distill(student: Side, teacher: Side, weights: Array, policy: Any, plain: Any = None):
         rows = fused.Tokens(tokens, weights, sampled, policy)
-        return fused.distill(student, teacher, rows, options)
+        return fused.distill(student, teacher, rows, options, plain)
 
     return Forward(
         student=lambda view: after(student, view),

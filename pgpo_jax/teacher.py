@@ -20,14 +20,28 @@ from pgpo_jax.errors import require
 class TeacherConfig:
     """How the teacher follows the student (config section `teacher`)."""
 
-    refresh: Literal["ema", "frozen", "live", "periodic", "trust_region"] = "ema"
+    refresh: Literal["ema", "frozen", "live", "periodic", "trust_region", "restarts", "gated"] = (
+        "ema"
+    )
     """After an update: `ema` moves by `ema_rate` towards the student, `live` becomes it, `periodic`
     becomes it every `period` updates, `frozen` stays. `trust_region` stays too, and teaches with
-    logits mixed from its own and, by `mix`, the student's (both see the teacher's prompt)."""
+    logits mixed from its own and, by `mix`, the student's (both see the teacher's prompt).
+    `restarts` becomes the student at `restart_fractions` of the run and stays between. `gated`
+    stays until a look, every `period` steps, finds that the mean reward of those steps is above
+    that of the last refresh by more than `gate_rise` and that at most `gate_tail` of their
+    responses were cut off; the first look but sets the level."""
     ema_rate: float = 0.05
     """The teacher moves by this part of its distance to the student after every update."""
     period: int = 50
-    """Updates between two refreshes of `periodic`."""
+    """Updates between two refreshes of `periodic`; steps between two looks of `gated`."""
+    restart_fractions: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """The parts of `steps` after which `restarts` makes the teacher the student. A run with them
+    keeps its `steps` when it is resumed."""
+    gate_rise: float = 0.0
+    """How far the mean reward must have risen for `gated`; the threshold is ours."""
+    gate_tail: float = 0.1
+    """Largest part of responses cut off at the longest length for `gated`; the threshold is ours.
+    """
     mix: float = 0.05
     """The student's part in the logits of `trust_region`; 0 is `frozen`, 1 is `live`."""
     path: str | None = None
@@ -40,6 +54,14 @@ class TeacherConfig:
             self,
             ema_rate=(0 <= self.ema_rate <= 1, "in [0, 1]"),
             period=(self.period >= 1, "at least 1"),
+            restart_fractions=(
+                bool(self.restart_fractions)
+                and all(0 < fraction < 1 for fraction in self.restart_fractions)
+                and [*self.restart_fractions] == sorted({*self.restart_fractions}),
+                "rising numbers between 0 and 1, both excluded",
+            ),
+            gate_rise=(0 <= self.gate_rise < float("inf"), "at least 0"),
+            gate_tail=(0 <= self.gate_tail <= 1, "in [0, 1]"),
             mix=(0 <= self.mix <= 1, "in [0, 1]"),
             refresh=(
                 self.path is None or self.refresh == "frozen",
@@ -62,8 +84,11 @@ REFRESH: dict[str, Callable[[Params, Params, Int[Array, ""], TeacherConfig], Par
         student, teacher, count, config.period
     ),
     "trust_region": lambda student, teacher, count, config: teacher,
+    "restarts": lambda student, teacher, count, config: teacher,
+    "gated": lambda student, teacher, count, config: teacher,
 }
-"""(student, teacher, updates done, config) -> the next teacher."""
+"""(student, teacher, updates done, config) -> the next teacher. `restarts` and `gated` look at the
+run, not at an update: the loop asks `methods.refresh_due` between two updates."""
 
 
 def refresh(

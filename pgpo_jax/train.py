@@ -40,7 +40,13 @@ from pgpo_jax.run import (
     token_columns,
 )
 from pgpo_jax.sampler import rollout
-from pgpo_jax.state import TrainState, abstract_train_state, init_train_state, train_state_shardings
+from pgpo_jax.state import (
+    TrainState,
+    abstract_train_state,
+    init_train_state,
+    train_state_shardings,
+    with_fresh_teacher,
+)
 from pgpo_jax.step import make_train_step
 from pgpo_jax.tasks import Outcome, Question
 from pgpo_jax.warm_start import warm_start
@@ -67,7 +73,8 @@ def train(config: Config) -> int:
             clock.lap("rollout")
             outcomes = verify(run.task, questions, rollouts.texts)
             rng = keys.generator(config.seed, Stream.REPROMPT, step)
-            shown = reprompt(run.policy, questions, rollouts, outcomes, rng, run.reprompt)
+            solve = run.task.solution
+            shown = reprompt(run.policy, questions, rollouts, outcomes, rng, run.reprompt, solve)
             batch = _make_batch(run, questions, rollouts, outcomes, shown)
             clock.lap("reprompt")
             updates = int(information_state(state.opt_state).count)
@@ -84,6 +91,8 @@ def train(config: Config) -> int:
             told = records(questions, rollouts, outcomes, shown)
             tokens = functools.partial(token_columns, run.policy.tokenizer, rollouts, divergence)
             session.writer.samples(step + 1, told, tokens)
+            if session.refreshes_teacher(run.config, step + 1, row):
+                state = with_fresh_teacher(state)
             if session.write(step + 1, row):  # an alarm asks for a reaction
                 run, state = reactions.react(run), reactions.react_in_state(run.config, state)
                 train_step = _build(run, state)

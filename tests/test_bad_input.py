@@ -112,6 +112,68 @@ ROOT = Path(__file__).parent.parent
             "teacher: {path: models/large}",
             "teacher.refresh: got 'ema'; must be frozen where teacher.path names another model",
         ),
+        "no such target": (
+            "objective: {target: student}",
+            "objective.target: got 'student'; must be one of teacher, demopsd, veto",
+        ),
+        "more than all of the plain teacher": (
+            "objective: {target_most: 1.5}",
+            "objective.target_most: got 1.5; must be in [0, 1]",
+        ),
+        "no slope": (
+            "objective: {target_slope: 0}",
+            "objective.target_slope: got 0.0; must be positive",
+        ),
+        "a power without an end": (
+            "objective: {target_power: 1}",
+            "objective.target_power: got 1.0; must be in [0, 1)",
+        ),
+        "a probability of nothing": (
+            "objective: {low_probability: 0}",
+            "objective.low_probability: got 0.0; must be in (0, 1]",
+        ),
+        "a clip at nothing": (
+            "distillation: {token_clip: 0}",
+            "distillation.token_clip: got 0.0; must be positive, or null; null with "
+            "distillation.kind sampled, whose value is no divergence",
+        ),
+        "a clip of what is no divergence": (
+            "distillation: {token_clip: 1, kind: sampled}",
+            "distillation.token_clip: got 1.0; must be positive, or null; null with "
+            "distillation.kind sampled, whose value is no divergence",
+        ),
+        "restarts that go back": (
+            "teacher: {restart_fractions: [0.5, 0.25]}",
+            "teacher.restart_fractions: got (0.5, 0.25); must be rising numbers between 0 and 1, "
+            "both excluded",
+        ),
+        "no restarts": (
+            "teacher: {restart_fractions: []}",
+            "teacher.restart_fractions: got (); must be rising numbers between 0 and 1, both "
+            "excluded",
+        ),
+        "a fall for a rise": (
+            "teacher: {gate_rise: -0.1}",
+            "teacher.gate_rise: got -0.1; must be at least 0",
+        ),
+        "more cut off than there are": (
+            "teacher: {gate_tail: 2}",
+            "teacher.gate_tail: got 2.0; must be in [0, 1]",
+        ),
+        "another teacher that restarts": (
+            "teacher: {path: models/large, refresh: restarts}",
+            "teacher.refresh: got 'restarts'; must be frozen where teacher.path names another "
+            "model",
+        ),
+        "no such source": (
+            "reprompt: {source: web}",
+            "reprompt.source: got 'web'; must be one of sibling, solution, both",
+        ),
+        "a solution of another question": (
+            "reprompt: {source: both, demonstration: other}",
+            "reprompt.source: got both; must be sibling with reprompt.demonstration other, which "
+            "shows a success of another question",
+        ),
         "a mixture beyond 1": ("teacher: {mix: 2}", "teacher.mix: got 2.0; must be in [0, 1]"),
         "no such reaction": (
             "alarms: {reaction: restart}",
@@ -494,6 +556,14 @@ def test_bad_data_is_refused(given, expected, refused):
 )
 def test_a_bad_task_is_refused(given, expected, refused):
     refused(expected, "train", write_dataset(**given))
+
+
+def test_a_source_of_solutions_that_the_task_does_not_give_is_refused(refused):
+    line = (
+        "reprompt.source: got solution; the task questions.jsonl gives no solutions: choose "
+        "sibling, or name the column that holds them (task.columns solution)"
+    )
+    refused(line, "train", write_dataset(), "--reprompt.source", "solution")
 
 
 def test_a_data_set_of_which_no_row_is_left_is_refused(refused, monkeypatch):

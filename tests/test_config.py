@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from typing import get_args
+from typing import get_args, get_origin
 
 import pytest
 
@@ -53,7 +53,9 @@ def test_a_mistake_is_one_line_that_names_the_field(text, overrides, message, tm
 
 
 FLOATS = [
-    name for name, kind in fields.kinds(config.Config).items() if float in (kind, *get_args(kind))
+    name
+    for name, kind in fields.kinds(config.Config).items()
+    if float in (kind, *get_args(kind)) and get_origin(kind) is not tuple
 ]
 
 
@@ -62,6 +64,13 @@ FLOATS = [
 def test_no_setting_may_be_infinite(name, value):
     with pytest.raises(InputError, match=rf"^{re.escape(name)}: got -?inf; must be finite"):
         config.load(None, [f"--{name}", value])
+
+
+def test_nor_may_a_number_of_a_list():
+    with pytest.raises(
+        InputError, match=r"^teacher\.restart_fractions: got \(0\.5, inf\); must be"
+    ):
+        config.load(None, ["--teacher.restart_fractions", "[0.5, .inf]"])
 
 
 @pytest.mark.parametrize("setting", [("top_p", "0.9"), ("top_k", "20")])

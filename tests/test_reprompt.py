@@ -58,9 +58,10 @@ def contexts(
     ]
     policy = Policy(None, tokenizer, None, SamplingConfig(), data.DataConfig())
     rng = np.random.default_rng([seed, 0])
+    solution = options.pop("solution", None)
     config = reprompt.with_templates(RepromptConfig(**options), templates or {})
     drawn = rollouts(questions, texts)
-    return reprompt.reprompt(policy, questions, drawn, outcomes, rng, config)
+    return reprompt.reprompt(policy, questions, drawn, outcomes, rng, config, solution)
 
 
 def decoded(result):
@@ -105,6 +106,57 @@ def test_a_response_gets_the_first_success_that_is_not_itself(rewards, seed):
         assert sibling is None or (sibling in successes and sibling != index)
     # One order for the group: all but its first member see that first member.
     assert len({sibling for sibling in chosen if sibling is not None}) <= 2
+
+
+def solve(question):
+    return {"Q": "<think>why</think>given", "P": None}[question.key]
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("sibling", ["b", None, "b", None, None]),
+        ("solution", ["given"] * 3 + [None] * 2),
+        ("both", ["b", "given", "b", None, None]),
+    ],
+)
+def test_a_demonstration_is_from_where_the_source_says(source, shown):
+    questions = [question("Q"), question("P")]
+    texts, rewards = [["a", "b", "c"], ["d", "e", "f"]], [[0.0, 1.0, 0.0], [0.0] * 3]
+    result = contexts(questions, texts, rewards, source=source, solution=solve)
+    assert result.has_context.tolist()[:5] == [text is not None for text in shown]
+    for prompt, text in zip(decoded(result), shown, strict=False):
+        if text is None:
+            assert "Correct solution" not in prompt
+        else:
+            assert (
+                f"Correct solution:\n\n{'<think>why</think>' * (text == 'given')}{text}" in prompt
+            )
+
+
+def test_feedback_is_for_those_whom_no_solution_is_shown_either():
+    questions, feedback = [question("Q"), question("P")], [["F0"], ["F1"]]
+    result = contexts(
+        questions, [["a"], ["b"]], [[0.0], [0.0]], feedback, source="solution", solution=solve
+    )
+    assert ["F" in prompt for prompt in decoded(result)] == [False, True]
+    assert result.has_context.all()
+
+
+def test_the_control_without_a_demonstration_trains_the_rows_that_a_solution_gives():
+    options = {"source": "solution", "solution": solve, "demonstration": "none"}
+    result = contexts([question("Q")], [["a", "b"]], [[0.0, 1.0]], **options)
+    assert result.has_context.all()
+    assert set(decoded(result)) == {"[user]Q[assistant]"}
+
+
+def test_a_solution_is_shortened_like_any_demonstration():
+    result = contexts(
+        [question("Q")], [["a"]], [[0.0]], source="solution", max_length=100,
+        solution=lambda question: "x" * 90 + "end",
+    )  # fmt: skip
+    assert result.shortened == 1
+    assert "xend\n\nCorrectly" in decoded(result)[0]
 
 
 def test_every_success_is_chosen_equally_often():

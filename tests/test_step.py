@@ -273,11 +273,13 @@ def with_rewards(batch: Examples, seed=0) -> Examples:
 
 
 REWARDED = [with_rewards(batch, seed) for seed, batch in enumerate(BATCHES)]
-# Everything at once: both terms, evidence, weights of questions and tokens, a mixed teacher.
+# Everything at once: both terms, evidence, weights of questions and tokens, a mixed teacher, and a
+# target that reads it without its context.
 EVERYTHING = {
     "objective": ObjectiveConfig(
         distillation=0.5,
         distillation_end=0.0,
+        target="demopsd",
         policy=0.5,
         advantage="contrast",
         question_weight="reward_std",
@@ -373,6 +375,15 @@ def test_grpo_skips_a_batch_in_which_every_group_has_one_reward():
     _, measured = step(state, place(same, mesh))
     assert measured["skipped"] == 1
     assert measured["loss"] == 0
+
+
+def test_a_fixed_advantage_learns_from_groups_of_one_reward_too():
+    control = ObjectiveConfig(distillation=0.0, policy=1.0, advantage="low_probability")
+    _, step, state, mesh = setup(objective=control)
+    same = REWARDED[0]._replace(group=group_statistics([[0.0] * SAMPLES, [1.0] * SAMPLES]))
+    _, measured = step(state, place(same, mesh))
+    assert measured["skipped"] == 0
+    assert measured["update_norm"] > 0
 
 
 @pytest.mark.parametrize("samples", [2, 4])

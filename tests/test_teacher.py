@@ -18,6 +18,8 @@ STUDENTS = [2.0, 4.0, 8.0, 16.0]
         (TeacherConfig("ema", ema_rate=0.5), [1.0, 2.5, 5.25, 10.625]),
         (TeacherConfig("frozen"), [0.0, 0.0, 0.0, 0.0]),
         (TeacherConfig("trust_region"), [0.0, 0.0, 0.0, 0.0]),
+        (TeacherConfig("restarts"), [0.0, 0.0, 0.0, 0.0]),  # the loop does it
+        (TeacherConfig("gated"), [0.0, 0.0, 0.0, 0.0]),
         (TeacherConfig("live"), [2.0, 4.0, 8.0, 16.0]),
         (TeacherConfig("periodic", period=2), [0.0, 4.0, 4.0, 16.0]),
     ],

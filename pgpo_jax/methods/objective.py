@@ -1,17 +1,21 @@
-"""Rival objectives: GRPO, CEPO, RLSD, TGPO, SRPO, SC-SDPO, as independent choices of one config.
+"""Rival objectives: GRPO, CEPO, RLSD, TGPO, SRPO, SC-SDPO, DemoPSD, Veto, OPSA's control, as
+independent choices of one config.
 
-The loss of a token is `distillation * divergence from the teacher + policy * clipped surrogate`.
-Which responses get which term (`ROUTES`), what a token's advantage is (`ADVANTAGES`), and how
-questions and tokens are weighted (`QUESTION_WEIGHTS`, `TOKEN_WEIGHTS`) are dicts of small pure
-functions; `make_objective` puts them together. Methods are files in `configs/rivals/`. The
-teacher's refresh rule (`teacher.py`) and the multiplier (`optimizer.py`) are the other two choices.
+The loss of a token is `distillation * divergence from the target + policy * clipped surrogate`.
+Which responses get which term (`ROUTES`), what the target is (`TARGETS`) and a token's advantage
+(`ADVANTAGES`), and how questions and tokens are weighted (`QUESTION_WEIGHTS`, `TOKEN_WEIGHTS`) are
+dicts of small pure functions; `make_objective` puts them together. Methods are files in
+`configs/rivals/`. The teacher's refresh rule (`teacher.py`) and the multiplier (`optimizer.py`) are
+the other two choices.
 
 Sources: GRPO (Shao et al., arXiv 2402.03300), CEPO (2605.19436), RLSD (2604.03128), TGPO
-(2605.13230), SRPO (2604.02288), SC-SDPO (2605.27765).
+(2605.13230), SRPO (2604.02288), SC-SDPO (2605.27765), OPSA (2608.31046); `targets.py` for DemoPSD
+and Veto.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +31,7 @@ from pgpo_jax.fused import Terms
 from pgpo_jax.information import response_weights
 from pgpo_jax.losses import Aggregation
 from pgpo_jax.losses import response_weights as loss_weights
+from pgpo_jax.methods import targets
 from pgpo_jax.objective import Forward, GroupStatistics, Objective, Responses, Weights, weighted_sum
 
 
@@ -41,6 +46,17 @@ class ObjectiveConfig:
     """What that coefficient becomes, linearly, over `distillation_steps`; null keeps it."""
     distillation_steps: int = 200
     """Steps in which the coefficient reaches `distillation_end`."""
+    target: Literal["teacher", "demopsd", "veto"] = "teacher"
+    """What the divergence is taken from: the `teacher`; `demopsd`, T^(1 - a) S^a normalised, with S
+    the teacher without its context and a growing with their distance (one more forward pass);
+    `veto`, T S^beta with S the student. The information stays that of teacher and student."""
+    target_most: float = 0.15
+    """Largest a of `demopsd`; 0 is the teacher."""
+    target_slope: float = 50.0
+    """How fast a rises with the Jensen-Shannon divergence d of T and S, per nat:
+    a = 2 target_most (sigmoid(target_slope d) - 1/2)."""
+    target_power: float = 0.3
+    """beta of `veto`; 0 is the teacher. The value is ours."""
     policy: float = 0.0
     """Coefficient of the clipped policy gradient with advantages relative to the group (GRPO)."""
     scale_advantage: bool = True
@@ -49,11 +65,17 @@ class ObjectiveConfig:
     """The ratio to the sampler's probability is clipped below at 1 - clip_low."""
     clip_high: float = 0.28
     """The ratio is clipped above at 1 + clip_high."""
-    advantage: Literal["group", "contrast", "evidence", "teacher_argmax"] = "group"
+    advantage: Literal["group", "contrast", "evidence", "teacher_argmax", "low_probability"] = (
+        "group"
+    )
     """A token's advantage: `group` is the response's own (GRPO); `contrast` weighs it by what the
     right answer in the prompt makes likelier than a wrong one does (CEPO), `evidence` by what it
     makes likelier than the student has it (RLSD); `teacher_argmax` adds the student's
-    probability of the teacher's likeliest token (TGPO, adv)."""
+    probability of the teacher's likeliest token (TGPO, adv); `low_probability` is -1 at tokens
+    that the student finds unlikely and 0 elsewhere, whatever teacher and rewards say (the control
+    of OPSA)."""
+    low_probability: float = 0.1
+    """Below this probability under the student a token is unlikely; the threshold is ours."""
     advantage_weight: float = 0.5
     """How much of `contrast`, `evidence` or `teacher_argmax` there is at the first step."""
     advantage_weight_end: float = 0.0
@@ -65,9 +87,10 @@ class ObjectiveConfig:
     without_wrong: Literal["student", "none"] = "student"
     """A group without a wrong response to contrast with: the student stands for it (CEPO's paper),
     or there is no evidence (its code)."""
-    route: Literal["all", "by_outcome"] = "all"
-    """Which rows get which term: `all` rows both (distillation where there is a context), or
-    successes the policy gradient and failures with a context distillation (SRPO)."""
+    route: Literal["all", "by_outcome", "with_context"] = "all"
+    """Which rows get which term: `all` rows both (distillation where there is a context), those
+    `with_context` alone both, or successes the policy gradient and failures with a context
+    distillation (SRPO)."""
     question_weight: Literal["uniform", "reward_std"] = "uniform"
     """Weight of a question's distillation: equal, or sqrt(p (1 - p)) with p its share of
     successes, the standard deviation of a 0/1 reward (SC-SDPO); mean 1 over the questions."""
@@ -99,10 +122,14 @@ class ObjectiveConfig:
                 0 <= self.policy < float("inf") and self.policy + self.distillation > 0,
                 "at least 0, and not 0 together with objective.distillation",
             ),
+            target_most=(0 <= self.target_most <= 1, "in [0, 1]"),
+            target_slope=(0 < self.target_slope < float("inf"), "positive"),
+            target_power=(0 <= self.target_power < 1, "in [0, 1)"),
             rehearsal=(0 <= self.rehearsal < float("inf"), "at least 0"),
             clip_low=(0 < self.clip_low <= 1, "in (0, 1]"),
             clip_high=(0 < self.clip_high < float("inf"), "positive"),
             advantage_steps=(self.advantage_steps >= 0, "at least 0"),
+            low_probability=(0 < self.low_probability <= 1, "in (0, 1]"),
             evidence_clip=(0 <= self.evidence_clip < float("inf"), "at least 0"),
             **finite,
         )
@@ -172,6 +199,7 @@ class Routes(NamedTuple):
 ROUTES: dict[str, Callable[[Array, Array], Routes]] = {
     "all": lambda success, context: Routes(jnp.ones_like(success), context),
     "by_outcome": lambda success, context: Routes(success, context & ~success),
+    "with_context": lambda success, context: Routes(context, context),
 }
 """(success, has_context) of every response -> its terms."""
 
@@ -205,6 +233,16 @@ def question_weights(
 
 
 # ---- tokens --------------------------------------------------------------------------------------
+
+TARGETS: dict[str, Callable[[ObjectiveConfig, Array, Array, Any], Array]] = {
+    "demopsd": lambda config, student, teacher, plain: targets.demopsd(
+        teacher, plain, config.target_most, config.target_slope
+    ),
+    "veto": lambda config, student, teacher, plain: targets.veto(
+        student, teacher, config.target_power
+    ),
+}
+"""(config, log-probs of student, teacher, teacher without its context) -> the target's logits."""
 
 TOKEN_WEIGHTS: dict[str, Callable[[Array, Array, float], Array]] = {
     "teacher_entropy": lambda teacher_entropy, terms, alpha: -teacher_entropy,
@@ -290,6 +328,9 @@ ADVANTAGES: dict[str, Callable[[Policy, Array, Array, ObjectiveConfig], Array]] 
     "teacher_argmax": lambda policy, token_log_probs, at_argmax, config: (
         policy.advantages + policy.advantage_weight * jnp.exp(at_argmax)
     ),
+    "low_probability": lambda policy, token_log_probs, at_argmax, config: (
+        -1.0 * (token_log_probs < math.log(config.low_probability))
+    ),
 }
 """(policy, student's log-prob of the token, that of the teacher's likeliest token, config) -> the
 token's advantage."""
@@ -350,6 +391,7 @@ def make_objective(config: ObjectiveConfig) -> Objective:
         functools.partial(_weights, config),
         functools.partial(_loss, config),
         functools.partial(policy_terms, config=config) if config.policy else None,
+        None if config.target == "teacher" else functools.partial(TARGETS[config.target], config),
     )
 
 
@@ -390,6 +432,8 @@ def _policy(
     if config.advantage == "teacher_argmax":  # without a context it is the student's own
         evidence *= responses.has_context
         matters |= evidence != 0  # a gradient even where all rewards are equal
+    if config.advantage == "low_probability":  # which tokens are, a forward pass will tell
+        matters = jnp.ones_like(matters)
     weights = config.policy * routes.policy
     policy = Policy(weights, group.advantages, evidence, responses.has_wrong)
     return policy, routes.policy & matters
@@ -400,18 +444,19 @@ def _loss(
 ) -> tuple[Array, Terms, dict[str, Array]]:
     """`Objective.loss` of every rival."""
     student, teacher = forward.student("student"), forward.teacher("teacher")
+    plain = forward.teacher("student").hidden if config.target == "demopsd" else None
     distillation, policy = weights.distillation, weights.policy
     measured: dict[str, Array] = {}
     if config.token_weight != "uniform":  # they need every token of a response at once
         fixed = jax.lax.stop_gradient(student)
-        _, terms = forward.distill(fixed, teacher, distillation, None)
+        _, terms = forward.distill(fixed, teacher, distillation, None, plain)
         gaps = terms.information[forward.estimator]
         distillation *= forward.to_mean_1(token_weights(config, terms.teacher_entropy, gaps))
     if config.views:
         policy = policy._replace(with_right=forward.score(forward.teacher("right")))
         if config.advantage == "contrast":
             policy = policy._replace(with_wrong=forward.score(forward.teacher("wrong")))
-    loss, terms = forward.distill(student, teacher, distillation, policy)
+    loss, terms = forward.distill(student, teacher, distillation, policy, plain)
     if terms.policy is not None:
         measured["loss/policy"] = weighted_sum(terms.policy, policy.weights)
     if weights.rehearsal is not None:

@@ -52,7 +52,8 @@ def check_siblings(sampling: SamplingConfig, reprompt: RepromptConfig) -> tuple[
     Raises:
       InputError: There is nothing that a teacher could be shown.
     """
-    if sampling.num_samples > 1 or reprompt.demonstration == "plain":
+    needs_none = reprompt.demonstration == "plain" or reprompt.source != "sibling"
+    if sampling.num_samples > 1 or needs_none:
         return ()
     if reprompt.use_feedback == "never":
         raise InputError(
@@ -62,6 +63,33 @@ def check_siblings(sampling: SamplingConfig, reprompt: RepromptConfig) -> tuple[
     return (
         "sampling.num_samples = 1: no response has a sibling, so the teacher is shown the "
         "verifier's feedback alone; where that gives none, nothing is learned",
+    )
+
+
+def check_solutions(task: Task, reprompt: RepromptConfig) -> tuple[str, ...]:
+    """A `reprompt.source` that shows solutions needs a task that gives them.
+
+    Returns:
+      How many questions have none, where some do.
+
+    Raises:
+      InputError: The task gives no solutions.
+    """
+    if reprompt.source == "sibling":
+        return ()
+    if task.solution is None:
+        raise InputError(
+            f"reprompt.source: got {reprompt.source}; the task {task.name} gives no solutions: "
+            "choose sibling, or name the column that holds them (task.columns solution)"
+        )
+    questions = task.train if isinstance(task.train, list) else []
+    lacking = [question.key for question in questions if task.solution(question) is None]
+    if not lacking:
+        return ()
+    shown = "a sibling's success only" if reprompt.source == "both" else "no demonstration"
+    return (
+        f"reprompt.source = {reprompt.source}: {len(lacking):,} of {len(questions):,} training "
+        f"questions have no solution ({lacking[0]!r}, for one), so their teacher is shown {shown}",
     )
 
 

@@ -134,6 +134,8 @@ def _compare(config: Config, folder: str, field: str, moved: bool) -> list[str]:
         raise InputError(f"{field}: {folder}/config.yaml is not valid YAML ({error})") from error
     before, now = (dict(_flat(fields.encode(c))) for c in (held, config))
     allowed = FREE if moved else FREE - {"output_dir"}
+    if config.teacher.refresh == "restarts":  # at fractions of them
+        allowed = allowed - {"steps"}
     changes = []
     for name in sorted(before.keys() | now.keys()):
         was, is_now = before.get(name), now.get(name)

@@ -8,12 +8,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from pgpo_jax.config import Config
 from pgpo_jax.run.setup import Run
-from pgpo_jax.state import TrainState
+from pgpo_jax.state import TrainState, with_fresh_teacher
 
 
 def _change(section: str, **fields: Any) -> Callable[[Config], Config]:
@@ -53,4 +50,4 @@ def react_in_state(config: Config, state: TrainState) -> TrainState:
     """The state after the reaction: a refreshed teacher is the student of now."""
     if config.alarms.reaction != "refresh_teacher":
         return state
-    return state._replace(teacher=jax.tree.map(jnp.copy, state.student))
+    return with_fresh_teacher(state)

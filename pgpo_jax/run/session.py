@@ -10,8 +10,10 @@ import jax
 
 from pgpo_jax import sharding
 from pgpo_jax.checkpoint import Checkpoints
+from pgpo_jax.config import Config
 from pgpo_jax.errors import InputError, RunError, printable
 from pgpo_jax.logs import End, Watch, Writer
+from pgpo_jax.methods import Gate, Progress, refresh_due
 from pgpo_jax.run import reactions
 from pgpo_jax.run.compilations import count_compilations
 from pgpo_jax.run.content import check_content, content, versions
@@ -40,6 +42,7 @@ class Session:
         self._versions = versions()
         self._ending: End | None = None
         self._stopped = False
+        self._gate = Gate()
         self.reacted = False
         """Whether the configuration is that after a reaction."""
 
@@ -107,6 +110,7 @@ class Session:
                 )
         self._evaluated = saved.get("evaluated", -1)
         self.reacted = saved.get("reacted", False)
+        self._gate = Gate(*saved.get("gate", ()))
         # On every host alike: its rows are those of all.
         self._watch = Watch(self._config.alarms, saved.get("watch"))
         ending = self._watch.end()
@@ -140,6 +144,16 @@ class Session:
         if ends or (step != self._resumed and self._saves(step)):
             self._save(state)
         return not ends
+
+    def refreshes_teacher(self, config: Config, step: int, row: dict[str, Any]) -> bool:
+        """Whether the teacher becomes the student after a step, by a rule that looks at the run;
+        the metrics say so."""
+        reward, cut = row["reward/mean"], row["response_length/clip_fraction"]
+        now = Progress(step, config.steps, reward, cut)
+        self._gate, due = refresh_due(config.teacher, self._gate, now)
+        if due is not None:
+            row["teacher/refreshed"] = float(due)
+        return bool(due)
 
     def write(self, step: int, row: dict[str, Any]) -> bool:
         """Adds the metrics of an update to the run's files; whether an alarm asks for a reaction.
@@ -207,7 +221,7 @@ class Session:
             self._checkpoints.failed(step, reason)
             return
         counters = {"evaluated": self._evaluated, "watch": self._watch.state}
-        counters |= {"reacted": self.reacted, "files": sizes}
+        counters |= {"reacted": self.reacted, "gate": self._gate, "files": sizes}
         counters |= {"content": self._content, "versions": self._versions}
         self._checkpoints.save(step, state, counters)
 

@@ -14,7 +14,7 @@ from pgpo_jax.data import CLOCK
 from pgpo_jax.errors import InputError
 from pgpo_jax.models import GraphDef
 from pgpo_jax.reprompt import RepromptConfig, with_templates
-from pgpo_jax.run.checks import check_run
+from pgpo_jax.run.checks import check_run, check_solutions
 from pgpo_jax.sampler import Policy, SamplingConfig
 from pgpo_jax.tasks import Task
 
@@ -37,7 +37,7 @@ class Run(NamedTuple):
     source: str = ""
     """The files that the weights are from, in words."""
     notes: tuple[str, ...] = ()
-    """What should be known of the devices before they work, a sentence each."""
+    """What should be known of solutions and devices before the run begins, a sentence each."""
 
 
 def join(config: Config) -> Mesh:
@@ -58,6 +58,7 @@ def load_run(config: Config, mesh: Mesh | None = None) -> Run:
     """
     mesh = mesh or join(config)
     task = tasks.load(config.task)
+    told = check_solutions(task, config.reprompt)
     key = keys.key(config.seed, keys.Stream.PARAMETERS)
     model = hf.from_section(config.model, mesh, key)
     tokenizer = model.tokenizer or task.tokenizer
@@ -73,7 +74,7 @@ def load_run(config: Config, mesh: Mesh | None = None) -> Run:
     path = config.model.path
     source = "" if path is None else hf.describe_files(path)
     axes, shapes = (f(model.config) for f in (models.param_axes, models.param_shapes))
-    notes = tuple(sharding.describe_whole(axes, shapes, mesh))
+    notes = (*told, *sharding.describe_whole(axes, shapes, mesh))
     run = Run(config, task, policy, reprompt, model.params, source=source, notes=notes)
     if config.teacher.path is None:
         return run

@@ -190,6 +190,7 @@ def load(config: TaskConfig) -> Task:
         templates=TEMPLATES,
         examples=_examples,
         demonstration=lambda question: question.answer,
+        solution=lambda question: question.answer,
         tokenizer=make_tokenizer(),
         code=function.digest if function else "",
     )

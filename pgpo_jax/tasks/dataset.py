@@ -27,8 +27,8 @@ def load(config: TaskConfig) -> Task:
 
     Columns: `prompt` (a string or a conversation), `answer` (for a verifier), and optionally
     `system`, `feedback` (shown to the teacher for a response that is not right) and `solution` (a
-    worked response, for the warm start and the pre-flight check); `task.columns` says which are
-    meant where they have other names.
+    worked response, for the warm start, the pre-flight check and `reprompt.source`);
+    `task.columns` says which are meant where they have other names.
     """
     train, test, notes = _read(config)
     verifier = config.verifier
@@ -62,6 +62,7 @@ def load(config: TaskConfig) -> Task:
         verify=function.verify if function else verify_by(config, str(verifier)),
         examples=worked_examples(solved, worked) if solved else None,
         demonstration=worked if solved or verifier else None,
+        solution=(lambda question: question.columns.get("solution") or None) if solved else None,
         code=function.digest if function else "",
         notes=(*notes, *repeated(asked, held_out)),
     )

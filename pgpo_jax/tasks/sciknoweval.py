@@ -129,6 +129,7 @@ def load(config: TaskConfig) -> Task:
         verify=function.verify if function else verify_by(config, "multiple_choice"),
         examples=worked_examples(asked, worked),
         demonstration=worked,
+        solution=worked,
         code=function.digest if function else "",
         notes=tuple(repeated(asked, held_out)),
     )

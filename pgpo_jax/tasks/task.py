@@ -65,6 +65,9 @@ class Task:
     """(generator, count) -> worked examples for the warm start; None: the task has none."""
     demonstration: Callable[[Question], str] | None = None
     """A correct response, for the pre-flight check; None: the task knows none."""
+    solution: Callable[[Question], str | None] | None = None
+    """The solution that the data give of a question, None where they give none, for
+    `reprompt.source`; None: the task has no solutions."""
     tokenizer: Any = None
     """The task's own tokenizer, for a model made from scratch; None: the checkpoint's."""
     code: str = ""

@@ -249,6 +249,11 @@ def test_a_mistake_is_found_before_anything_runs(ablation, tmp_path, arguments, 
         ablation.main([config, "--output", str(tmp_path), *arguments])
 
 
+def method(c):
+    """All that may make an arm another method."""
+    return c.optimizer, c.objective, c.alarms, c.distillation, c.reprompt, c.teacher
+
+
 def test_every_arm_is_a_valid_configuration_of_its_own(ablation, tmp_path):
     config = str(FOLDER.parent / "configs" / "ablation.yaml")
     study = ablation.Study(config, (), tmp_path, 2)
@@ -267,9 +272,21 @@ def test_every_arm_is_a_valid_configuration_of_its_own(ablation, tmp_path):
     to_best = found["sdpo_matched_rate_to_best"].optimizer.learning_rate
     assert to_best == pytest.approx(1.5 * rate)
     assert found["sdpo_other_seeds_rho"].optimizer.replay.endswith("pgpo_1.0/seed_1/metrics.jsonl")
-    different = {(c.optimizer, c.objective, c.alarms) for c in found.values()}
+    different = {method(c) for c in found.values()}
     assert len(different) == len(ablation.ARMS)
     assert {c.model.path for c in found.values()} == {str(study.folder("start", 0) / "model")}
+
+
+@pytest.mark.parametrize(
+    "name", ["demopsd", "veto", "opsd", "opsa_control", "teacher_restarts", "teacher_gated"]
+)
+def test_an_arm_named_as_a_rival_is_that_rival(ablation, tmp_path, name):
+    configs = FOLDER.parent / "configs"
+    load, base = ablation.config_module.load, str(configs / "ablation.yaml")
+    arm = ablation.arm_config(ablation.Study(base, (), tmp_path, 1), name, 0)
+    rival = load(str(configs / "rivals" / f"{name}.yaml"), ["--base", base])
+    for section in ("distillation", "objective", "reprompt", "teacher", "optimizer"):
+        assert getattr(arm, section) == getattr(rival, section)
 
 
 @pytest.mark.parametrize("name", ["smollm2_sciknoweval", "sciknoweval_qwen3_8b"])
@@ -278,7 +295,7 @@ def test_real_models_take_the_same_arms(ablation, tmp_path, name):
     base = ablation.config_module.load(study.config_path)
     free = [arm for arm in ablation.ARMS if not ablation.needs_reference(arm)]
     found = [ablation.arm_config(study, arm, 0) for arm in free]
-    assert len({(c.optimizer, c.objective, c.alarms) for c in found}) == len(free)
+    assert len({method(c) for c in found}) == len(free)
     warm = str(study.folder("start", 0) / "model")  # without a warm start: the model as it comes
     assert {c.model.path for c in found} == {warm if base.warm_start.steps else base.model.path}
     assert {c.warm_start.steps for c in found} == {0}

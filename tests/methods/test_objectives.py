@@ -116,6 +116,22 @@ def test_the_teachers_likeliest_token_raises_an_advantage_by_its_probability():
     np.testing.assert_allclose(plain - raised, 0.5 * jnp.exp(AT_ARGMAX), rtol=1e-5, atol=1e-6)
 
 
+def test_low_probability_punishes_unlikely_tokens_alone_whatever_the_rewards_say():
+    chosen = {"advantage": "low_probability", "low_probability": 0.3}
+    got = terms(**chosen)
+    unlikely = np.exp(LOG_PROBS) < 0.3
+    assert unlikely.any() and not unlikely.all()
+    ratio = np.exp(LOG_PROBS - OLD)
+    np.testing.assert_allclose(got, np.where(unlikely, np.maximum(ratio, 0.8), 0), rtol=1e-5)
+    other = POLICY._replace(advantages=-POLICY.advantages)
+    np.testing.assert_array_equal(terms(other, **chosen), got)
+    config = ObjectiveConfig(policy=1.0, **chosen)
+    gradient = jax.grad(
+        lambda x: jnp.sum(objective.policy_terms(x, None, AT_ARGMAX, POLICY, config))
+    )(LOG_PROBS)
+    np.testing.assert_allclose(gradient, unlikely.astype(float), rtol=1e-6)  # likelier is worse
+
+
 def test_the_router_sends_every_row_at_most_one_way():
     success = jnp.array([True, True, False, False])
     context = jnp.array([True, False, True, False])
@@ -123,6 +139,8 @@ def test_the_router_sends_every_row_at_most_one_way():
     routes = objective.route(config, success, context)
     assert routes.policy.tolist() == [True, True, False, False]
     assert routes.distillation.tolist() == [False, False, True, False]
+    kept = objective.route(ObjectiveConfig(policy=1.0, route="with_context"), success, context)
+    assert kept.policy.tolist() == kept.distillation.tolist() == context.tolist()
     both = objective.route(ObjectiveConfig(policy=0.5, distillation=0.5), success, context)
     assert both.policy.all()
     assert both.distillation.tolist() == context.tolist()

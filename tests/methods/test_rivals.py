@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_train import ARCHITECTURE, code
 
-from pgpo_jax import config, data, hf, reprompt, tasks, train
+from pgpo_jax import checkpoint, config, data, hf, reprompt, tasks, train
 from pgpo_jax.reprompt import RepromptConfig
 from pgpo_jax.sampler import Policy, SamplingConfig
 from pgpo_jax.tasks import Outcome
@@ -71,6 +71,43 @@ def test_a_rival_trains(path, tmp_path, half_right):
         assert all(math.isfinite(row[name]) for name in ("loss", "grad_norm", "information"))
     if alpha == "1":
         assert trained[0]["multiplier"] == pytest.approx(math.exp(trained[0]["information"]))
+
+
+def test_a_gated_teacher_is_refreshed_where_the_reward_rose_and_an_interruption_changes_nothing(
+    tmp_path, half_right
+):
+    path = FOLDER / "rivals/teacher_gated.yaml"
+    changes = {"teacher.period": 1, "teacher.gate_tail": 1, "teacher.gate_rise": 0, "steps": 5}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert code(train.main, *arguments(path, whole, **changes)) == 0
+    level, due = None, []
+    for row in rows(whole):
+        rose = level is not None and row["reward/mean"] > level
+        level = row["reward/mean"] if rose or level is None else level
+        due.append(float(rose))
+    assert [row["teacher/refreshed"] for row in rows(whole)] == due
+    assert 0 < sum(due[:-1]) < 4
+    distances = [row["teacher_student_distance"] for row in rows(whole)]
+    for refreshed, before, after in zip(due, distances, distances[1:], strict=False):
+        assert (after < before) == bool(refreshed)
+    for steps in (due.index(1.0), 5):  # up to the step before, so the level must be known again
+        assert code(train.main, *arguments(path, parts, **{**changes, "steps": steps})) == 0
+    assert checkpoint.compare(str(whole), str(parts)) is None
+
+
+@pytest.mark.slow
+def test_a_teacher_restarts_at_its_parts_of_the_run(tmp_path, half_right):
+    path = FOLDER / "rivals/teacher_restarts.yaml"
+    assert code(train.main, *arguments(path, tmp_path, steps=4)) == 0
+    assert [row["teacher/refreshed"] for row in rows(tmp_path)] == [1, 1, 1, 0]
+
+
+@pytest.mark.slow
+def test_every_response_has_a_context_where_the_solution_is_given(tmp_path, half_right):
+    path = FOLDER / "rivals/opsd.yaml"
+    alone = {"sampling.num_samples": 1, "data.questions_per_step": 8}
+    assert code(train.main, *arguments(path, tmp_path, **alone)) == 0
+    assert [row["context_fraction"] for row in rows(tmp_path)] == [1, 1]
 
 
 def test_another_model_may_be_the_teacher(tmp_path, half_right):

@@ -179,6 +179,17 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
         hold(Config(output_dir="gs://b/run"))
 
 
+def test_a_run_whose_teacher_restarts_at_parts_of_its_steps_keeps_them(tmp_path):
+    def claim(steps, refresh, **values):
+        values = {"steps": steps, "teacher.refresh": refresh, "output_dir": str(tmp_path), **values}
+        return claim_folder(config.load(None, values=values))
+
+    assert claim(100, "restarts") == []
+    with pytest.raises(InputError, match=r"^steps: got 200; .* holds a run with 100: choose"):
+        claim(200, "restarts")
+    assert claim(200, "restarts", **{"checkpoint.accept_changes": True})[-1] == "steps 100 -> 200"
+
+
 def test_the_configuration_of_a_moved_run_names_the_folder_it_lies_in(tmp_path):
     (tmp_path / "config.yaml").write_text("output_dir: runs/before\n")
     assert config.load(str(tmp_path / "config.yaml")).output_dir == "runs/before"

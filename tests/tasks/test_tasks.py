@@ -255,6 +255,8 @@ def test_conversations_systems_feedback_and_solutions(tmp_path):
     examples = task.examples(np.random.default_rng(0), 4)
     assert {example.question.key for example in examples} == {first.key}
     assert [example.demonstration is None for example in examples] == [True, False, True, False]
+    assert task.solution is not None
+    assert [task.solution(question) for question in task.train] == ["<answer>x</answer>", None]
 
 
 @pytest.mark.parametrize(
@@ -273,6 +275,7 @@ def test_the_demonstration_of_every_verifier_is_right(tmp_path, verifier, answer
     assert task.demonstration is not None
     outcome = task.verify(task.train, [task.demonstration(task.train[0])])[0]
     assert (outcome.reward, outcome.well_formed) == (1, True)
+    assert task.solution is None, "an answer is no solution"
 
 
 @pytest.mark.parametrize(
