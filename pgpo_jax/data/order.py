@@ -1,13 +1,16 @@
-"""The order of the questions: one permutation an epoch, replayable at any step."""
+"""The order of the questions: one permutation an epoch, and one a pass over a step's responses;
+replayable at any step."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Int
 
 from pgpo_jax import keys
+from pgpo_jax.data.records import DataConfig
 from pgpo_jax.errors import InputError
 
 Host = np.ndarray
@@ -37,3 +40,23 @@ def batch_indices(
     epoch, position = divmod(step, steps_per_epoch)
     start = position * questions_per_step
     return _epoch_order(seed, epoch, total)[start : start + questions_per_step].copy()
+
+
+def mini_batches(
+    seed: int, step: int, questions: int, config: DataConfig
+) -> Iterator[Int[Host, " question"]]:
+    """Which of a host's questions each update of step `step` (from 0) uses, in their order.
+
+    Each of the `passes` deals all of them, in an order of its own, into `updates_per_rollout` equal
+    parts. All hosts draw the same places, so their parts meet in the same updates.
+
+    Args:
+      seed: The run's.
+      step: Whose updates.
+      questions: This host's, divisible by `updates_per_rollout`.
+      config: Passes and updates.
+    """
+    for index in range(config.passes):
+        rng = keys.generator(seed, keys.Stream.MINI_BATCHES, step, index)
+        order = rng.permutation(questions).reshape(config.updates_per_rollout, -1)
+        yield from np.sort(order, axis=1)

@@ -98,7 +98,7 @@ def read_multipliers(path: str | None) -> list[float]:
     None.
 
     Skipped updates of a run are left out: they changed nothing, and the optimizer did not count
-    them.
+    them. Of a step of several updates each has its own.
 
     Raises:
       InputError: The file cannot be read, or what it holds are no multipliers.
@@ -111,12 +111,12 @@ def read_multipliers(path: str | None) -> list[float]:
             for line in jsonl.read(path):
                 if line.problem:
                     raise ValueError(f"line {line.number}: {line.problem}")
-                if line.row.get("skipped") == 0:
-                    found.append(line.row["multiplier"])
+                if line.row.get("skipped", 1) != 1:
+                    found += line.row.get("multipliers", [line.row["multiplier"]])
         else:
             with open(path, encoding="utf-8") as file:
                 found = json.load(file)
-    except (OSError, ValueError, RecursionError, KeyError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, KeyError) as error:
         raise InputError(
             f"optimizer.replay: {path} cannot be read ({type(error).__name__}: {error}); give the "
             "metrics.jsonl of a run, or a JSON list of numbers"

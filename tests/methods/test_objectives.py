@@ -110,9 +110,11 @@ def test_evidence_keeps_the_sign_of_an_advantage(advantage, evidence, weight, cl
 
 
 def test_the_teachers_likeliest_token_raises_an_advantage_by_its_probability():
-    plain = objective.policy_terms(LOG_PROBS, None, AT_ARGMAX, POLICY, ObjectiveConfig(policy=1.0))
+    plain, _ = objective.policy_terms(
+        LOG_PROBS, None, AT_ARGMAX, POLICY, ObjectiveConfig(policy=1.0)
+    )
     config = ObjectiveConfig(policy=1.0, advantage="teacher_argmax")
-    raised = objective.policy_terms(LOG_PROBS, None, AT_ARGMAX, POLICY, config)
+    raised, _ = objective.policy_terms(LOG_PROBS, None, AT_ARGMAX, POLICY, config)
     np.testing.assert_allclose(plain - raised, 0.5 * jnp.exp(AT_ARGMAX), rtol=1e-5, atol=1e-6)
 
 
