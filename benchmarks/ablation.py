@@ -104,8 +104,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """Arm -> fields. In braces: `seed`, `updates`; of the REFERENCE run of the same seed its metrics
 file (`reference`) and the learning rate times its mean multiplier (`matched_rate`, and up to its
-best evaluation `matched_rate_to_best`); the metrics of another seed's REFERENCE (`other_reference`), a
-multiplier of the right course in time that knows nothing of this run."""
+best evaluation `matched_rate_to_best`); the metrics of another seed's REFERENCE
+(`other_reference`), a multiplier of the right course in time that knows nothing of this run."""
 
 DEFAULT_ARMS = list(ARMS)[: list(ARMS).index("grpo_minibatches")]
 
