@@ -42,21 +42,15 @@ def batch_indices(
     return _epoch_order(seed, epoch, total)[start : start + questions_per_step].copy()
 
 
-def mini_batches(
-    seed: int, step: int, questions: int, config: DataConfig
-) -> Iterator[Int[Host, " question"]]:
-    """Which of a host's questions each update of step `step` (from 0) uses, in their order.
+def mini_batches(seed: int, step: int, config: DataConfig) -> Iterator[Int[Host, " question"]]:
+    """Which of the questions of step `step` (from 0) each of its updates uses, by their places.
 
-    Each of the `passes` deals all of them, in an order of its own, into `updates_per_rollout` equal
-    parts. All hosts draw the same places, so their parts meet in the same updates.
-
-    Args:
-      seed: The run's.
-      step: Whose updates.
-      questions: This host's, divisible by `updates_per_rollout`.
-      config: Passes and updates.
+    Each of the `passes` deals all of them, drawn anew, into `updates_per_rollout` equal parts: of
+    every so many that follow one another each part gets one. Their order is a drawn one already,
+    and so every host has equally many of each update, and the same updates whatever the number of
+    hosts.
     """
     for index in range(config.passes):
         rng = keys.generator(seed, keys.Stream.MINI_BATCHES, step, index)
-        order = rng.permutation(questions).reshape(config.updates_per_rollout, -1)
-        yield from np.sort(order, axis=1)
+        places = np.arange(config.questions_per_step).reshape(-1, config.updates_per_rollout)
+        yield from rng.permuted(places, axis=1).T

@@ -55,7 +55,7 @@ def make_updates(run: Run, state: TrainState) -> Callable[[TrainState, Examples]
 
     def update(state: TrainState, examples: Examples) -> Updated:
         before = int(information_state(state.opt_state).count)
-        parts = list(_mini_batches(run, int(state.step), examples))
+        parts = list(_mini_batches(run, int(state.step)))
         if score is not None:
             examples = _recompute(score, state.student, examples, parts, run)
         found, divergence = [], {}
@@ -108,12 +108,13 @@ def _mean(values: list[float]) -> float:
     return sum(values[1:], values[0]) / len(values)
 
 
-def _mini_batches(run: Run, step: int, examples: Examples) -> Iterator[np.ndarray]:
+def _mini_batches(run: Run, step: int) -> Iterator[np.ndarray]:
     """This host's rows of every update."""
-    samples = run.policy.sampling.num_samples
-    questions = len(examples.responses) // samples
-    for chosen in data.mini_batches(run.config.seed, step, questions, run.config.data):
-        yield (chosen[:, None] * samples + np.arange(samples)).reshape(-1)
+    config, samples = run.config, run.policy.sampling.num_samples
+    first = sharding.host_rows(config.data.questions_per_step).start
+    for places in data.mini_batches(config.seed, step, config.data):
+        own = places[sharding.host_rows(len(places))] - first
+        yield (own[:, None] * samples + np.arange(samples)).reshape(-1)
 
 
 def _recompute(
