@@ -64,7 +64,7 @@ def test_every_host_has_equally_many_questions_of_every_update(hosts):
             assert all(host * each <= place < (host + 1) * each for place in mine)
 
 
-@pytest.mark.parametrize(("packing", "most"), [("never", 4), ("always", 12)])
+@pytest.mark.parametrize(("packing", "most"), [("never", 4), ("always", 16)])
 def test_mini_batches_have_few_shapes(packing, most):
     """Each is a compilation. Padded rows are as wide as the step's; packed ones come in steps."""
     shapes, mesh = set(), sharding.make_mesh(sharding.MeshConfig(1, 1, 1))
