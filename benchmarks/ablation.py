@@ -52,6 +52,14 @@ EARLY = {"optimizer.alpha": 0.0, "alarms.information_fraction": 1 / 3}
 REVERSE = {"optimizer.alpha": 0.0, "distillation.kind": "reverse_kl"}
 """What is asked of a student that is pulled to another target than the teacher."""
 
+GRPO = {
+    "data.updates_per_rollout": 1,
+    "optimizer.alpha": 0.0,
+    "objective.distillation": 0.0,
+    "objective.policy": 1.0,
+}
+"""A policy gradient with as many updates as SDPO has: the ratio is 1 and nothing is clipped."""
+
 ARMS: dict[str, dict[str, Any]] = {
     "sdpo": {"optimizer.alpha": 0.0},
     "pgpo_0.5": {"optimizer.alpha": 0.5},
@@ -64,10 +72,10 @@ ARMS: dict[str, dict[str, Any]] = {
         "optimizer.alpha": 2.0,
         "optimizer.alpha_schedule": "linear",
         "optimizer.alpha_end": 0.0,
-        "optimizer.alpha_steps": "{steps}",
+        "optimizer.alpha_steps": "{updates}",
     },
     "pgpo_token": {"optimizer.alpha": 0.0, "objective.token_weight": "information"},
-    "grpo": {"optimizer.alpha": 0.0, "objective.distillation": 0.0, "objective.policy": 1.0},
+    "grpo": GRPO,
     "sdpo_matched_rate": {"optimizer.alpha": 0.0, "optimizer.learning_rate": "{matched_rate}"},
     "sdpo_shuffled_rho": {
         "optimizer.multiplier": "replayed",
@@ -78,7 +86,12 @@ ARMS: dict[str, dict[str, Any]] = {
         "optimizer.multiplier": "replayed",
         "optimizer.replay": "{other_reference}",
     },
-    # For runs that collapse; left out unless asked for.
+    # Left out unless asked for: GRPO as published, and arms for runs that collapse.
+    "grpo_minibatches": {
+        **GRPO,
+        "data.updates_per_rollout": 2,
+        "objective.old_log_probs": "recomputed",
+    },
     "sdpo_matched_rate_to_best": {
         "optimizer.alpha": 0.0,
         "optimizer.learning_rate": "{matched_rate_to_best}",
@@ -113,12 +126,12 @@ ARMS: dict[str, dict[str, Any]] = {
         "teacher.gate_rise": 0.02,
     },
 }
-"""Arm -> fields. In braces: `seed`, `steps`; of the REFERENCE run of the same seed its metrics file
-(`reference`) and the learning rate times its mean multiplier (`matched_rate`, and up to its best
-evaluation `matched_rate_to_best`); the metrics of another seed's REFERENCE (`other_reference`), a
-multiplier of the right course in time that knows nothing of this run."""
+"""Arm -> fields. In braces: `seed`, `updates`; of the REFERENCE run of the same seed its metrics
+file (`reference`) and the learning rate times its mean multiplier (`matched_rate`, and up to its
+best evaluation `matched_rate_to_best`); the metrics of another seed's REFERENCE
+(`other_reference`), a multiplier of the right course in time that knows nothing of this run."""
 
-DEFAULT_ARMS = list(ARMS)[: list(ARMS).index("sdpo_matched_rate_to_best")]
+DEFAULT_ARMS = list(ARMS)[: list(ARMS).index("grpo_minibatches")]
 
 
 class Study(NamedTuple):
@@ -157,7 +170,7 @@ def arm_config(study: Study, arm: str, seed: int) -> Config:
             "evaluation.preflight_questions": 0,  # the warm start's own run measured it
         }
     base = _load(study, common)
-    places: dict[str, Any] = {"seed": seed, "steps": base.steps}
+    places: dict[str, Any] = {"seed": seed, "updates": base.steps * base.data.updates}
     if needs_reference(arm):
         places["reference"] = study.folder(REFERENCE, seed) / "metrics.jsonl"
         places["other_reference"] = study.folder(REFERENCE, other(seed)) / "metrics.jsonl"

@@ -32,7 +32,7 @@ class Config:
     seed: int = 0
     """Everything random derives from it and from the step, so any step can be replayed."""
     steps: int = 100
-    """Updates of the student."""
+    """Updates of the student: rollouts, each with one update unless `data` asks for several."""
     output_dir: str = "runs/pgpo"
     """The run's folder; the same command with the same folder resumes."""
     model: ModelSection = field(default_factory=ModelSection)

@@ -51,6 +51,10 @@ class Tokens(NamedTuple):
     policy: Any = None
     """What `Options.policy_terms` reads, a tree of `[tokens]` arrays; its field `weights` weighs
     the terms. None for no policy gradient."""
+    old_log_probs: Float[Array, " tokens"] | None = None
+    """Log-probs under the student before the step's first update, nats: importance weights and the
+    policy gradient's ratio compare with them, and a weight of its own corrects for the sampler.
+    None: they compare with the sampler's."""
 
 
 class Terms(NamedTuple):
@@ -65,9 +69,12 @@ class Terms(NamedTuple):
     information: dict[str, Float[Array, "*tokens"]]
     """Per estimator asked for: its terms, to be reduced by `information.reduce`."""
     weight: Float[Array, "*tokens"]
-    """The importance weight in use; 1 without a correction for the sampler."""
+    """The importance weight in use, times the sampler correction where that is one of its own; 1
+    without either."""
     policy: Float[Array, "*tokens"] | None
     """The policy gradient's loss; None where there is none."""
+    clipped: Float[Array, "*tokens"] | None
+    """1 where its ratio is clipped, so that no gradient flows, else 0; None where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +92,10 @@ class Options:
     """Where the arrays live: tokens split over `data` and `fsdp`, the vocabulary over `tensor`.
     Every device then walks over its own tokens, and the head's gradient is summed over devices
     once, at the end. None for one device."""
-    policy_terms: Callable[[Array, Array | None, Array, Any], Array] | None = None
-    """A policy gradient: the student's log-prob of the token, the sampler's (or None), the
-    student's log-prob of the teacher's likeliest token, and `Tokens.policy` -> its loss."""
+    policy_terms: Callable[[Array, Array | None, Array, Any], tuple[Array, Array]] | None = None
+    """A policy gradient: the student's log-prob of the token, the old one (or None), the student's
+    log-prob of the teacher's likeliest token, and `Tokens.policy` -> its loss, and where it is
+    clipped."""
     target: Callable[[Array, Array, Array | None], Array] | None = None
     """Another distribution than the teacher's to pull the student to: log-probs of the student, the
     teacher and the teacher without its context (None where `distill` got none), `[tokens, vocab]`,
@@ -194,7 +202,7 @@ def cross_entropy(
     options = dataclasses.replace(
         options,
         config=free,
-        policy_terms=lambda token_log_probs, *_: -token_log_probs,
+        policy_terms=lambda token_log_probs, *_: (-token_log_probs, token_log_probs > 0),
         target=None,
     )
     rows = Tokens(tokens, jnp.zeros_like(weights), policy=_Weighted(weights))
@@ -227,9 +235,13 @@ def token_terms(
         plain = None if plain_logits is None else distributions.log_probs(masked(plain_logits))
         target = options.target(*jax.lax.stop_gradient((log_s, log_q, plain)))
     divergence = _divergence(student, target, tokens, config)
-    old, weight = rows.sampler_log_probs, jnp.ones_like(token_log_probs)
-    if old is not None and config.importance_cap is not None:
-        weight = losses.importance_weight(token_log_probs, old, config.importance_cap)
+    cap, sampler = config.importance_cap, rows.sampler_log_probs
+    old = sampler if rows.old_log_probs is None else rows.old_log_probs
+    correction = weight = jnp.ones_like(token_log_probs)
+    if cap is not None and rows.old_log_probs is not None and sampler is not None:
+        correction = losses.importance_weight(rows.old_log_probs, sampler, cap)
+    if cap is not None and old is not None:
+        weight = correction * losses.importance_weight(token_log_probs, old, cap)
     measured = {
         "token_log_probs": token_log_probs,
         "teacher_token_log_probs": information.at_tokens(log_q, tokens),
@@ -241,10 +253,12 @@ def token_terms(
         },
         "weight": weight,
     }
-    policy = None
+    policy = clipped = None
     if rows.policy is not None and options.policy_terms is not None:
-        policy = options.policy_terms(token_log_probs, old, at_argmax, rows.policy)
-    return Terms(divergence=divergence, policy=policy, **jax.lax.stop_gradient(measured))
+        policy, clipped = options.policy_terms(token_log_probs, old, at_argmax, rows.policy)
+        policy, clipped = correction * policy, clipped.astype(jnp.float32)
+    measured = jax.lax.stop_gradient({**measured, "clipped": clipped})
+    return Terms(divergence=divergence, policy=policy, **measured)
 
 
 def _divergence(student, target, tokens, config: losses.DistillationConfig):

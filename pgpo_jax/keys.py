@@ -23,6 +23,8 @@ class Stream(enum.IntEnum):
     """The demonstrations of a step."""
     WARM_START = 1_000_006
     """The worked examples of a supervised step."""
+    MINI_BATCHES = 1_000_007
+    """The order of a step's questions in a pass over its rollout."""
 
 
 def key(seed: int, stream: Stream, *place: int) -> Array:

@@ -79,7 +79,7 @@ class Objective(NamedTuple):
     loss: Callable[[Forward, Weights], tuple[Array, Terms, dict[str, Array]]]
     """(forward passes, weights of tokens) -> the loss, what was measured at the tokens, and further
     measurements, summed over micro-batches."""
-    policy_terms: Callable[..., Array] | None = None
+    policy_terms: Callable[..., tuple[Array, Array]] | None = None
     """`fused.Options.policy_terms`, for objectives with a policy gradient."""
     target: Callable[..., Array] | None = None
     """`fused.Options.target`, for objectives that pull the student to another distribution."""

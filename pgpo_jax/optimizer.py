@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from optax import contrib
 
 from pgpo_jax.errors import require
 from pgpo_jax.methods import scale_by_relative_information, scale_by_sequence
@@ -43,11 +44,15 @@ class OptimizerConfig:
     begins again."""
     replay_seed: int | None = None
     """Shuffles what is replayed; null keeps the order."""
-    name: Literal["adamw", "lion", "sgd"] = "adamw"
-    """optax's of that name, each with decoupled decay; `sgd` has b1 as its momentum."""
+    name: Literal["adamw", "lion", "muon", "sgd"] = "adamw"
+    """optax's of that name, each with decoupled decay; `sgd` and `muon` have b1 as their momentum.
+    `muon` orthogonalizes the projections of the layers, each layer's matrix by itself, and leaves
+    embeddings, norms, biases and head to `adamw`; its updates are scaled to AdamW's usual size (a
+    root mean square of 0.2), so that one learning rate and decay suit both (arXiv 2502.16982)."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the first moment (optax's `mu_dtype`), 2 bytes a parameter less in bfloat16; Adam's
-    second moment stays float32, where a decay of 0.999 would round away."""
+    second moment stays float32, where a decay of 0.999 would round away. `lion`, `sgd` and the
+    matrices of `muon` have no second moment."""
     learning_rate: float = 1e-5
     """Peak learning rate, after the warm-up."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -134,7 +139,51 @@ def alpha(config: OptimizerConfig) -> optax.ScalarOrSchedule:
     return optax.linear_schedule(config.alpha, config.alpha_end, config.alpha_steps)
 
 
-OPTIMIZERS = {
+def matrix_axes(params: Any) -> Any:
+    """Which axes of every parameter are the inputs and the outputs of a matrix, for `muon`.
+
+    Projections are stacked, `[layer, in, out]`, and what is in or out may be heads x width: the
+    matrix is that of all heads together. The axis of the layers is in neither, so each layer's is
+    orthogonalized by itself. None for all that is no projection.
+    """
+
+    def axes(path: Any, parameter: Any) -> contrib.MuonDimensionNumbers | None:
+        if not _is_projection(path):
+            return None
+        inputs = 2 if path[-1].key == "o_proj" else 1  # heads x width go into it
+        every = range(1, parameter.ndim)
+        return contrib.MuonDimensionNumbers(tuple(every[:inputs]), tuple(every[inputs:]))
+
+    return jax.tree.map_with_path(axes, params)
+
+
+def _is_projection(path: Any) -> bool:
+    return bool(path) and str(getattr(path[-1], "key", "")).endswith("_proj")
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """optax's for the projections, plain AdamW for the rest: that part of optax's own would have
+    Nesterov's momentum too."""
+    matrices = contrib.muon(
+        learning_rate(config),
+        beta=config.b1,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mu_dtype=config.moments_dtype,
+        muon_weight_dimension_numbers=matrix_axes,
+        consistent_rms=0.2,
+    )
+
+    def kinds(params: Any) -> Any:
+        found = jax.tree.map_with_path(lambda path, _: _is_projection(path), params)
+        if (leaves := jax.tree.leaves(found)) and not any(leaves):
+            raise ValueError("optimizer.name: got muon; no parameter is a projection (`*_proj`)")
+        return jax.tree.map(lambda matrix: "muon" if matrix else "adamw", found)
+
+    return optax.partition({"muon": matrices, "adamw": OPTIMIZERS["adamw"](config)}, kinds)
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
     "adamw": lambda c: optax.adamw(
         learning_rate(c),
         c.b1,
@@ -146,6 +195,7 @@ OPTIMIZERS = {
     "lion": lambda c: optax.lion(
         learning_rate(c), c.b1, c.b2, mu_dtype=c.moments_dtype, weight_decay=c.weight_decay
     ),
+    "muon": _muon,
     "sgd": lambda c: optax.chain(
         optax.trace(c.b1, accumulator_dtype=c.moments_dtype),
         optax.add_decayed_weights(c.weight_decay),
@@ -194,10 +244,11 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> Any
     everywhere = NamedSharding(jax.tree.leaves(where)[0].mesh, PartitionSpec())
     return optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda moment, sharding: moment if isinstance(moment, optax.MaskedNode) else sharding,
         jax.eval_shape(optimizer.init, params),
         where,
         transform_non_params=lambda _: everywhere,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # a part of the optimizer has no such
     )
 
 

@@ -14,7 +14,7 @@ class TrainState(NamedTuple):
     """All that changes from step to step; random keys and data order derive from `step`."""
 
     step: Any
-    """Steps done, a scalar int32; a skipped update counts."""
+    """Steps done, a scalar int32; one with skipped updates counts."""
     student: Any
     """Parameters, float32."""
     teacher: Any

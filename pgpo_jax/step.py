@@ -40,7 +40,7 @@ def make_train_step(
     objective: Objective = SDPO,
     teacher_config: TeacherConfig = AVERAGE,
     teacher_graphdef: GraphDef | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Measured]]:
+) -> Callable[..., tuple[TrainState, Measured]]:
     """Builds the jitted update: both forwards, divergence, information, optimizer, teacher.
 
     An update is skipped, the state but for `step` left as it was, when nothing is learned (for
@@ -61,7 +61,8 @@ def make_train_step(
       teacher_graphdef: The teacher's model where it is another one, of the same vocabulary.
 
     Returns:
-      `(state, batch) -> (state, measurements)`; the state is donated. Measurements are float32
+      `(state, batch, steps=1) -> (state, measurements)`; the state is donated, and `steps` is 0 for
+      all but the last of several updates of one step of the run. Measurements are float32
       scalars in the units of their definitions (nats per response token), and `token_divergence`,
       that of every token in the shape of the batch's `responses`; outside the response mask it may
       be anything.
@@ -78,7 +79,7 @@ def make_train_step(
         measured |= _measure(terms, weights, batch, options) | {"loss": loss}
         return loss, (measured, terms.divergence.reshape(batch.responses.shape))
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, steps: Any = 1):
         weights, learns = _weights(objective, batch, state.step, aggregation)
         grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.student, state.teacher)
         count = micro_batches(batch, mesh)
@@ -112,7 +113,7 @@ def make_train_step(
             "padding_fraction": padding_fraction(batch),
             "token_divergence": divergence,
         }
-        return state._replace(step=state.step + 1), jax.tree.map(place, measured)
+        return state._replace(step=state.step + steps), jax.tree.map(place, measured)
 
     def place(x: Array) -> Array:
         """Numbers are on every device, rows where the batch's are."""
@@ -121,6 +122,42 @@ def make_train_step(
 
     # Without stated shardings the partitioner may move the state from one step to the next.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_score(
+    graphdef: GraphDef, options: fused.Options, mesh: Mesh
+) -> Callable[[Any, Batch], Float[Array, "part token"]]:
+    """Builds the jitted forward pass that gives the log-probs of a batch's response tokens.
+
+    Args:
+      graphdef: The student's model.
+      options: Of the vocabulary pass: temperature, vocabulary, chunks.
+      mesh: Where the batch is.
+
+    Returns:
+      `(student, batch) -> log-probs`, nats, in the shape of the batch's `responses`.
+    """
+    options = dataclasses.replace(options, mesh=mesh)
+
+    @jax.jit
+    def score(student, batch: Batch):
+        model = merge(graphdef, student)
+
+        def over(part: Batch):
+            side = Side(response_hidden(model, part, "student"), model.head())
+            found = fused.score(side, _flat(part.responses), options)
+            return found.reshape(part.responses.shape)
+
+        count = micro_batches(batch, mesh)
+        if count == 1:
+            found = over(batch)
+        else:
+            parts = jax.tree.map(functools.partial(_split, parts=count, mesh=mesh), batch)
+            found = _join(jax.lax.map(over, parts))
+        where = sharding.row_sharding(found.shape, mesh)
+        return jax.lax.with_sharding_constraint(found, where)
+
+    return score
 
 
 def _weights(
@@ -148,6 +185,7 @@ def _forward(
 ) -> Forward:
     """The forward passes over a micro-batch; `params` and `models` are student's and teacher's."""
     tokens, sampled = _flat(batch.responses), _flat(batch.sampler_log_probs)
+    old = None if batch.old_log_probs is None else _flat(batch.old_log_probs)
     student, teacher = (merge(model, tree) for model, tree in zip(models, params, strict=True))
     live = merge(models[0], jax.lax.stop_gradient(params[0]))
 
@@ -155,7 +193,7 @@ def _forward(
         return Side(response_hidden(model, batch, view), model.head())
 
     def distill(student: Side, teacher: Side, weights: Array, policy: Any, plain: Any = None):
-        rows = fused.Tokens(tokens, weights, sampled, policy)
+        rows = fused.Tokens(tokens, weights, sampled, policy, old)
         return fused.distill(student, teacher, rows, options, plain)
 
     return Forward(
@@ -173,7 +211,10 @@ def _measure(
     terms: Terms, weights: dict[str, Any], batch: Batch, options: fused.Options
 ) -> dict[str, Array]:
     """Means over the tokens of responses with a teacher context, or of every response."""
-    mismatch = jnp.abs(terms.token_log_probs - _flat(batch.sampler_log_probs))
+    ours = terms.token_log_probs
+    if batch.old_log_probs is not None:  # the updates since then are not the sampler's
+        ours = _flat(batch.old_log_probs)
+    mismatch = jnp.abs(ours - _flat(batch.sampler_log_probs))
     of_context = {
         "information": terms.information[options.config.estimator],
         "divergence": terms.divergence,

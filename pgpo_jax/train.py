@@ -2,27 +2,25 @@
 
 One step: the student answers questions, the answers are verified, the teacher (an average of the
 student's past) is shown a successful sibling answer, and one jitted function (`step.py`) moves the
-student towards what the teacher would have said.
+student towards what the teacher would have said: once, or several times (`run/updates.py`).
 """
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from pgpo_jax import config as config_module
-from pgpo_jax import data, fused, keys, methods, sharding
+from pgpo_jax import data, keys, methods, sharding
 from pgpo_jax.command import parse
 from pgpo_jax.config import Config
-from pgpo_jax.data import Batch, Rollouts, TeacherPrompts, to_rows
+from pgpo_jax.data import Examples, Rollouts, TeacherPrompts
 from pgpo_jax.errors import command
 from pgpo_jax.evaluation import held_out, verify
 from pgpo_jax.keys import Stream
 from pgpo_jax.logs import read_multipliers
-from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
+from pgpo_jax.optimizer import make_optimizer
 from pgpo_jax.reprompt import answer_prompts, reprompt
 from pgpo_jax.run import (
     STOPPED,
@@ -34,6 +32,7 @@ from pgpo_jax.run import (
     hold_folder,
     join,
     load_run,
+    make_updates,
     reactions,
     records,
     summarise,
@@ -44,10 +43,8 @@ from pgpo_jax.state import (
     TrainState,
     abstract_train_state,
     init_train_state,
-    train_state_shardings,
     with_fresh_teacher,
 )
-from pgpo_jax.step import make_train_step
 from pgpo_jax.tasks import Outcome, Question
 from pgpo_jax.warm_start import warm_start
 
@@ -62,7 +59,7 @@ def train(config: Config) -> int:
     evaluation_key = keys.key(config.seed, Stream.EVALUATION)
     with hold_folder(run.config) as changes, Session(run, evaluation_key) as session:
         run, state = _begin(run, session, changes)
-        train_step = _build(run, state)
+        update = make_updates(run, state)
         while session.goes_on(state):  # evaluates, saves, and ends after the last update
             step, clock = int(state.step), Clock()
             questions = _questions(run, step)
@@ -75,19 +72,12 @@ def train(config: Config) -> int:
             rng = keys.generator(config.seed, Stream.REPROMPT, step)
             solve = run.task.solution
             shown = reprompt(run.policy, questions, rollouts, outcomes, rng, run.reprompt, solve)
-            batch = _make_batch(run, questions, rollouts, outcomes, shown)
+            examples = _make_examples(run, questions, rollouts, outcomes, shown)
             clock.lap("reprompt")
-            updates = int(information_state(state.opt_state).count)
-            state, measured = train_step(state, sharding.to_global(batch, run.policy.mesh))
             # Nothing is gained by fetching one step late: the next answers need this student.
-            divergence = _take_divergence(run, measured, batch)
-            row = {name: float(value) for name, value in jax.device_get(measured).items()}
+            state, row, divergence = update(state, examples)
             clock.lap("train")
             row |= summarise(run, rollouts, outcomes, shown, clock)
-            if row["skipped"]:
-                del row["multiplier"]  # the state's is that of an update before
-            row["skipped/total"] = step - updates + int(row["skipped"])
-            row["lr"] = float(np.asarray(learning_rate(run.config.optimizer)(updates)))
             told = records(questions, rollouts, outcomes, shown)
             tokens = functools.partial(token_columns, run.policy.tokenizer, rollouts, divergence)
             session.writer.samples(step + 1, told, tokens)
@@ -95,7 +85,7 @@ def train(config: Config) -> int:
                 state = with_fresh_teacher(state)
             if session.write(step + 1, row):  # an alarm asks for a reaction
                 run, state = reactions.react(run), reactions.react_in_state(run.config, state)
-                train_step = _build(run, state)
+                update = make_updates(run, state)
         return session.finish(state)
 
 
@@ -135,25 +125,6 @@ def _begin(run: Run, session: Session, changes: Sequence[str]) -> tuple[Run, Tra
     return (reactions.react(run) if session.reacted else run), state
 
 
-def _build(run: Run, state: TrainState) -> Callable[..., Any]:
-    """The update that a run's configuration states."""
-    config = run.config
-    optimizer = make_optimizer(config.optimizer, read_multipliers(config.optimizer.replay))
-    return make_train_step(
-        run.policy.graphdef,
-        optimizer,
-        fused.Options(
-            config.distillation,
-            config.metrics.estimators,
-            run.policy.sampling.vocabulary(),
-        ),
-        train_state_shardings(state.student, optimizer, state.teacher),
-        objective=methods.make_objective(config.objective),
-        teacher_config=config.teacher,
-        teacher_graphdef=run.teacher_graphdef,
-    )
-
-
 def _indices(run: Run, step: int) -> np.ndarray:
     questions_per_step = run.config.data.questions_per_step
     return data.batch_indices(run.config.seed, step, len(run.task.train), questions_per_step)
@@ -165,14 +136,14 @@ def _questions(run: Run, step: int) -> list[Question]:
     return [run.task.train[int(i)] for i in indices[sharding.host_rows(len(indices))]]
 
 
-def _make_batch(
+def _make_examples(
     run: Run,
     questions: Sequence[Question],
     rollouts: Rollouts,
     outcomes: Sequence[Sequence[Outcome]],
     shown: TeacherPrompts,
-) -> Batch:
-    """This host's rows of the update."""
+) -> Examples:
+    """This host's rows of the updates."""
     config, answers = run.config, None
     if config.objective.views:
         answers = answer_prompts(run.policy, questions, rollouts, outcomes, run.reprompt)
@@ -180,16 +151,7 @@ def _make_batch(
     group = methods.group_statistics(
         rewards, run.reprompt.threshold, config.objective.scale_advantage
     )
-    examples = data.make_examples(rollouts, shown, group, answers)
-    return data.pack(examples, config.data, run.policy.mesh)
-
-
-def _take_divergence(run: Run, measured: dict[str, Any], batch: Batch) -> list[np.ndarray] | None:
-    """Takes the divergence of each response's tokens out of the measurements, for the samples."""
-    divergence = measured.pop("token_divergence")
-    if not run.config.metrics.samples_per_step:
-        return None
-    return to_rows(batch, sharding.to_host(divergence))
+    return data.make_examples(rollouts, shown, group, answers)
 
 
 def main(argv: Sequence[str]) -> int:

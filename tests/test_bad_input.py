@@ -344,6 +344,38 @@ def test_a_bad_command_line_is_refused(given, expected, refused):
             "data.questions_per_step: got 4 (x 2 samples = 8 rows); must divide by 1 hosts, and "
             "rows by 1 devices (data x fsdp) x 3 micro-batches",
         ),
+        "updates that do not divide the questions": (
+            {"data": {"updates_per_rollout": 3}},
+            "data.updates_per_rollout: got 3; must be at least 1, and divide "
+            "data.questions_per_step = 4",
+        ),
+        "no updates": (
+            {"data": {"updates_per_rollout": 0}},
+            "data.updates_per_rollout: got 0; must be at least 1, and divide "
+            "data.questions_per_step = 4",
+        ),
+        "no passes": (
+            {"data": {"passes": 0}},
+            "data.passes: got 0; must be at least 1",
+        ),
+        "updates of fewer rows than devices": (
+            {"data": {"updates_per_rollout": 4}, "mesh": {"data": 4}},
+            "data.updates_per_rollout: got 4 (1 questions an update x 2 samples = 2 rows); must "
+            "divide by 1 hosts, and rows by 4 devices (data x fsdp) x 1 micro-batches",
+        ),
+        "updates of fewer rows than micro-batches": (
+            {"data": {"updates_per_rollout": 2, "micro_batches": 8}},
+            "data.updates_per_rollout: got 2 (2 questions an update x 2 samples = 4 rows); must "
+            "divide by 1 hosts, and rows by 1 devices (data x fsdp) x 8 micro-batches",
+        ),
+        "no such old log-probs": (
+            {"objective": {"old_log_probs": "teacher"}},
+            "objective.old_log_probs: got 'teacher'; must be one of sampler, recomputed",
+        ),
+        "no such optimizer": (
+            {"optimizer": {"name": "adam"}},
+            "optimizer.name: got 'adam'; must be one of adamw, lion, muon, sgd",
+        ),
         "fewer questions than a step takes": (
             {"task": {"train_questions": 3}},
             "data.questions_per_step: got 4, must be at most the number of training questions, 3",

@@ -97,6 +97,23 @@ def test_two_and_four_processes_give_the_losses_of_one(write, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_have_the_updates_of_one(write, tmp_path):
+    changes = {
+        "data": {**TINY["data"], "updates_per_rollout": 2, "passes": 2},
+        "objective": {"old_log_probs": "recomputed"},
+        "evaluation": {"every": 0},
+    }
+    for count in (1, 2):
+        codes, errors = finish(start(write(f"updates-{count}", **changes), count))
+        assert codes == [0] * count, errors
+    one, two = (metrics(tmp_path, f"updates-{count}") for count in (1, 2))
+    for row, expected in zip(two, one, strict=True):
+        assert row.pop("multipliers") == pytest.approx(expected.pop("multipliers"), rel=1e-3)
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert row["updates"] == 4
+
+
+@pytest.mark.slow
 def test_a_process_that_never_comes_is_named_within_the_timeout(write):
     config = write("missing", distributed={"timeout": 10})
     began = time.monotonic()

@@ -395,3 +395,34 @@ def test_shapes_that_do_not_fit_are_named(name):
     inputs = inputs | {key: inputs[key][:-1]}
     with pytest.raises(InputError, match=rf"distill.{name}: got shape"):
         distill(**inputs, config=CONFIG)
+
+
+def test_old_log_probs_have_a_weight_of_their_own_and_one_that_corrects_for_the_sampler():
+    rng = np.random.default_rng(3)
+    student, teacher = (jnp.asarray(rng.normal(size=(6, 9)), jnp.float32) for _ in "st")
+    tokens = jnp.asarray(rng.integers(0, 9, 6))
+    current = jax.nn.log_softmax(student)[jnp.arange(6), tokens]
+    old = current + jnp.asarray([0.0, -0.5, 0.5, -2.0, 0.1, 0.0])
+    sampled = old + jnp.asarray([0.0, -0.3, 0.3, -0.1, -2.0, 0.4])
+
+    def terms(cap, **given):
+        options = fused.Options(
+            losses.DistillationConfig(top_k=None, importance_cap=cap),
+            policy_terms=lambda ours, before, *_: (ours - before, before < -1),
+        )
+        rows = fused.Tokens(tokens, jnp.ones(6), sampled, policy=(), **given)
+        return fused.token_terms(student, teacher, rows, options)
+
+    found = terms(2.0, old_log_probs=old)
+    correction = np.minimum(np.exp(old - sampled), 2)
+    np.testing.assert_allclose(
+        found.weight, correction * np.minimum(np.exp(current - old), 2), rtol=1e-5
+    )
+    np.testing.assert_allclose(found.policy, correction * (current - old), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(found.clipped, old < -1)
+    one = terms(2.0)
+    np.testing.assert_allclose(one.weight, np.minimum(np.exp(current - sampled), 2), rtol=1e-5)
+    np.testing.assert_allclose(one.policy, current - sampled, rtol=1e-5)
+    free = terms(None, old_log_probs=old)
+    assert (free.weight == 1).all()
+    np.testing.assert_allclose(free.policy, current - old, rtol=1e-5, atol=1e-7)

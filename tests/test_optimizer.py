@@ -1,5 +1,6 @@
 """Contract of `scale_by_information` and its relatives, and of the wrappers around them."""
 
+import dataclasses
 import functools
 import json
 
@@ -20,7 +21,7 @@ from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.errors import InputError
 from pgpo_jax.logs import read_multipliers
 from pgpo_jax.methods import scale_by_relative_information, scale_by_sequence
-from pgpo_jax.optimizer import information_state, learning_rate
+from pgpo_jax.optimizer import information_state, init_state, learning_rate
 from pgpo_jax.state import abstract_train_state, init_train_state
 
 PARAMS = {"a": jnp.linspace(-1.0, 1.0, 8), "b": {"c": jnp.ones((2, 3), jnp.bfloat16)}}
@@ -661,3 +662,100 @@ def test_a_schedule_falls_from_the_peak_to_its_end_and_stays(schedule, rates):
 def test_a_schedule_that_has_no_meaning_is_refused(settings, line):
     with pytest.raises(InputError, match=line):
         OptimizerConfig(**settings)
+
+
+def stacked(seed=0):
+    """Parameters as the decoder has them: projections `[layer, ...]`, and others."""
+    shapes = {
+        "embed_tokens": (12, 8),
+        "layers": {
+            "q_proj": (2, 8, 2, 4),
+            "o_proj": (2, 2, 4, 8),
+            "up_proj": (2, 8, 16),
+            "q_norm": (2, 4),
+        },
+        "norm": (8,),
+    }
+    rng = np.random.default_rng(seed)
+
+    def draw(shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+MUON = OptimizerConfig(
+    0.0, name="muon", learning_rate=0.1, warmup_steps=0, weight_decay=0.5, max_grad_norm=None
+)
+
+
+def test_muon_orthogonalizes_every_layers_matrix_by_itself_and_leaves_the_rest_to_adamw():
+    params, grads = jax.tree.map(np.asarray, (stacked(0), stacked(1)))
+    shapes = {"q_proj": (8, 8), "o_proj": (8, 8), "up_proj": (8, 16)}
+
+    def singles(tree):
+        layers = tree["layers"]
+        return {
+            f"{name} {i}": layers[name][i].reshape(shapes[name]) for name in shapes for i in (0, 1)
+        }
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def first(optimizer, grads, params):
+        return optimizer.update(grads, optimizer.init(params), params, information=0.0)[0]
+
+    updates = jax.device_get(first(make_optimizer(MUON), grads, params))
+    single = optax.contrib.muon(0.1, beta=0.9, weight_decay=0.5, consistent_rms=0.2)
+    single = optax.with_extra_args_support(single)
+    expected = first(single, singles(grads), singles(params))
+    for name, found in singles(updates).items():
+        np.testing.assert_allclose(found, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        # Of AdamW's usual size: singular values are about 1, so the mean square about 0.2**2.
+        undecayed = found / 0.1 + 0.5 * singles(params)[name]
+        assert 0.1 < np.sqrt(np.mean(undecayed**2)) < 0.25
+    plain = first(make_optimizer(dataclasses.replace(MUON, name="adamw")), grads, params)
+    for one, other in ((updates, plain), (updates["layers"], plain["layers"])):
+        for name in one.keys() & {"embed_tokens", "norm", "q_norm"}:
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-6, err_msg=name)
+
+
+MUON_16 = dataclasses.replace(MUON, moments_dtype="bfloat16")
+
+
+def spread(tree):
+    """A tree as `stacked`, on eight devices."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    specs = {"o_proj": (None, None, None, "fsdp"), "norm": ("fsdp",), "q_norm": ()}
+
+    def place(path, p):
+        spec = PartitionSpec(*specs.get(path[-1].key, (None, "fsdp")))
+        return jax.device_put(p, NamedSharding(mesh, spec))
+
+    return jax.tree.map_with_path(place, tree)
+
+
+def test_muon_has_one_moment_of_a_matrix_and_it_lives_where_the_parameter_does():
+    params = spread(stacked())
+    state = init_state(make_optimizer(MUON_16), params)
+    moments = {
+        path[-1].key: leaf for path, leaf in jax.tree.leaves_with_path(state) if leaf.ndim > 2
+    }
+    assert moments.keys() == {"q_proj", "o_proj", "up_proj"}
+    for name, moment in moments.items():
+        assert moment.sharding == params["layers"][name].sharding
+        assert moment.dtype == jnp.bfloat16
+
+
+@pytest.mark.slow
+def test_muon_on_eight_devices_is_muon_on_one():
+    params, grads, optimizer = stacked(0), stacked(1), make_optimizer(MUON_16)
+    step = jax.jit(functools.partial(optimizer.update, information=0.5))
+    on_mesh, _ = step(spread(grads), init_state(optimizer, spread(params)), spread(params))
+    alone, _ = step(grads, optimizer.init(params), params)
+    chex.assert_trees_all_close(
+        jax.device_get(on_mesh), jax.device_get(alone), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_muon_without_a_projection_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer\.name: got muon; no parameter is a projec"):
+        make_optimizer(MUON).init({"w": jnp.ones((2, 2))})

@@ -23,7 +23,8 @@ TOLERANCE = 1e-9  # so that a fall from 0.9 to 0.8 is not less than 0.1 by round
 
 
 class Curve(NamedTuple):
-    """One run. Evaluations and updates are counted apart; skipped updates are left out."""
+    """One run. Evaluations and updates are counted apart; skipped updates are left out. Where a
+    step has several, each has the means of its step but for its own multiplier."""
 
     steps: np.ndarray
     """Of the evaluations, `[evaluation]`."""
@@ -54,7 +55,7 @@ def read(folder: str | pathlib.Path) -> Curve:
         [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for path in (pathlib.Path(folder) / f"{name}.jsonl" for name in ("metrics", "evaluations"))
     )
-    updates = [row for row in rows if row.get("skipped") == 0]
+    updates = [each for row in rows for each in _updates(row)]
     rewards = np.array([row["rewards"] for row in asked])
     watch, fired = Watch(), {}
     for row in rows:
@@ -70,6 +71,13 @@ def read(folder: str | pathlib.Path) -> Curve:
         ),
         fired,
     )
+
+
+def _updates(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A row for each update that a step did; none for an evaluation."""
+    if row.get("skipped", 1) == 1:
+        return []
+    return [{**row, "multiplier": each} for each in row.get("multipliers", [row["multiplier"]])]
 
 
 def spread(values: np.ndarray) -> dict[str, float | None]:

@@ -161,7 +161,7 @@ class Checkpoints:
         """Saves `state` as `step`; does nothing where that step is saved already.
 
         Args:
-          step: Updates done.
+          step: Steps done.
           state: A NamedTuple of trees of arrays with a field `student`.
           run: What else to keep, as JSON (the counters of a run, say).
 

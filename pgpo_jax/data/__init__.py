@@ -13,7 +13,7 @@ from pgpo_jax.data.batch import (
     to_rows,
     to_tokens,
 )
-from pgpo_jax.data.order import batch_indices
+from pgpo_jax.data.order import batch_indices, mini_batches
 from pgpo_jax.data.packing import pack
 from pgpo_jax.data.records import (
     AnswerPrompts,
@@ -53,6 +53,7 @@ __all__ = [
     "letters",
     "make_examples",
     "micro_batches",
+    "mini_batches",
     "names_special_tokens",
     "opening",
     "pack",

@@ -64,6 +64,8 @@ class Batch(NamedTuple):
     """What the rewards say, `[part, response]`, for objectives that read it."""
     has_wrong: Bool[Either, "part response"] | None = None
     """Whether the group has a wrong response to show, as in `AnswerPrompts`."""
+    old_log_probs: Float[Either, "part token"] | None = None
+    """As in `Examples`; 0 at filler."""
 
 
 def parts_of(mesh: Mesh) -> int:

@@ -1,13 +1,16 @@
-"""The order of the questions: one permutation an epoch, replayable at any step."""
+"""The order of the questions: one permutation an epoch, and one a pass over a step's responses;
+replayable at any step."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Int
 
 from pgpo_jax import keys
+from pgpo_jax.data.records import DataConfig
 from pgpo_jax.errors import InputError
 
 Host = np.ndarray
@@ -37,3 +40,17 @@ def batch_indices(
     epoch, position = divmod(step, steps_per_epoch)
     start = position * questions_per_step
     return _epoch_order(seed, epoch, total)[start : start + questions_per_step].copy()
+
+
+def mini_batches(seed: int, step: int, config: DataConfig) -> Iterator[Int[Host, " question"]]:
+    """Which of the questions of step `step` (from 0) each of its updates uses, by their places.
+
+    Each of the `passes` deals all of them, drawn anew, into `updates_per_rollout` equal parts: of
+    every so many that follow one another each part gets one. Their order is a drawn one already,
+    and so every host has equally many of each update, and the same updates whatever the number of
+    hosts.
+    """
+    for index in range(config.passes):
+        rng = keys.generator(seed, keys.Stream.MINI_BATCHES, step, index)
+        places = np.arange(config.questions_per_step).reshape(-1, config.updates_per_rollout)
+        yield from rng.permuted(places, axis=1).T

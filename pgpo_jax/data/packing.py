@@ -223,7 +223,7 @@ def _fill(examples: Examples, layout: _Layout) -> Batch:
     def of_responses(array: np.ndarray) -> np.ndarray:
         return np.asarray(array)[np.stack(members)]
 
-    lengths = masks.sum(axis=1)
+    lengths, old = masks.sum(axis=1), examples.old_log_probs
     owners = [[np.full(lengths[row], i) for i, row in enumerate(rows)] for rows in members]
     views, held = {}, lengths.copy()
     for name in layout.widths:
@@ -241,6 +241,7 @@ def _fill(examples: Examples, layout: _Layout) -> Batch:
         held=of_responses(held).sum(axis=1).astype(np.int32),
         group=jax.tree.map(of_responses, examples.group),
         has_wrong=None if examples.has_wrong is None else of_responses(examples.has_wrong),
+        old_log_probs=None if old is None else of_tokens(old, np.float32),
     )
 
 

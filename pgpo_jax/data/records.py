@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -80,6 +81,13 @@ class Examples(NamedTuple):
     """What the rewards say, for objectives that read it."""
     has_wrong: Bool[Host, " row"] | None = None
     """As in `AnswerPrompts`."""
+    old_log_probs: Float[Host, "row time"] | None = None
+    """Log-probabilities of the sampled tokens under the student before the step's first update,
+    nats; None: the sampler's stand for them."""
+
+    def take(self, rows: Int[Host, " taken"]) -> Examples:
+        """Some of the rows, as wide as all."""
+        return jax.tree.map(lambda array: array[rows], self)
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,19 @@ class DataConfig:
     questions_per_step: int = 32
     """Questions in a step; each gets `sampling.num_samples` responses."""
 
+    updates_per_rollout: int = 1
+    """Mini-batches of whole questions, in a drawn order, that a step's responses are dealt into:
+    each is an update of its own, with one information, one multiplier and one step of the teacher.
+    The paper's is 1. What counts updates (learning rate, `optimizer.alpha_steps`,
+    `teacher.period`) counts each; what counts steps (`steps`, evaluations, checkpoints,
+    coefficients of `objective`, alarms) does not."""
+
+    passes: int = 1
+    """Times that a step's updates go over its responses, each time in a newly drawn order; a step
+    is updates_per_rollout x passes updates."""
+
     micro_batches: int = 1
-    """Parts that a step's rows are worked through in, to save memory; changes no number."""
+    """Parts that an update's rows are worked through in, to save memory; changes no number."""
 
     packing: Literal["auto", "always", "never"] = "auto"
     """Whether several prompts with their responses share a row of the update (`packing.py`).
@@ -113,9 +132,20 @@ class DataConfig:
             "data",
             self,
             questions_per_step=(self.questions_per_step >= 1, "at least 1"),
+            updates_per_rollout=(
+                self.updates_per_rollout >= 1
+                and self.questions_per_step % self.updates_per_rollout == 0,
+                f"at least 1, and divide data.questions_per_step = {self.questions_per_step}",
+            ),
+            passes=(self.passes >= 1, "at least 1"),
             micro_batches=(self.micro_batches >= 1, "at least 1"),
             max_prompt_length=(self.max_prompt_length >= 1, "at least 1"),
         )
+
+    @property
+    def updates(self) -> int:
+        """Updates in a step."""
+        return self.updates_per_rollout * self.passes
 
 
 def make_examples(

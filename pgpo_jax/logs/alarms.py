@@ -54,11 +54,12 @@ class AlarmsConfig:
     """`information`: how low, as a part of its highest mean; 0 is below 0. A third comes earlier,
     but also where the student has learned all that its teacher knows (benchmarks/EVIDENCE.md)."""
     most_broken: int = 10
-    """So many updates in a row skipped because loss, gradient or information was not finite save
-    and end the run, with exit code 1."""
+    """So many steps in a row with an update skipped because loss, gradient or information was not
+    finite save and end the run, with exit code 1."""
     most_inactive: int | None = 100
-    """The same for updates skipped because no response had a teacher context; null goes on. Those
-    skipped because every response succeeded do not count: that is the alarm `solved`."""
+    """The same for steps all of whose updates were skipped because no response had a teacher
+    context; null goes on. Those skipped because every response succeeded do not count: that is the
+    alarm `solved`."""
 
     def __post_init__(self):
         require(
@@ -134,9 +135,12 @@ def _at_least(name: str, least: float) -> Callable[[Row], bool]:
 
 CONDITIONS: dict[Name, Condition] = {
     "not_finite": Condition(
-        lambda row: any(
-            name in row and not _is_finite(row[name])
-            for name in ("loss", "information", "grad_norm")
+        lambda row: (
+            row.get("finite", 1) != 1  # one update of a step's several is enough
+            or any(
+                name in row and not _is_finite(row[name])
+                for name in ("loss", "information", "grad_norm")
+            )
         ),
         1,
         "loss, information or gradient is not finite, so the update was skipped; if it comes "

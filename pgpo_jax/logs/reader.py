@@ -50,6 +50,12 @@ class RunLog:
         return int(max(series.steps[-1] for series in self.metrics.values()))
 
     @property
+    def updates_a_step(self) -> int:
+        """Updates that a step asks for."""
+        found = (self.config.get(f"data.{name}", 1) for name in ("updates_per_rollout", "passes"))
+        return math.prod(each if isinstance(each, int) else 1 for each in found)
+
+    @property
     def samples_path(self) -> Path:
         """Where its responses are; may not exist."""
         return self.folder / "samples.jsonl"
@@ -98,7 +104,7 @@ def read_multipliers(path: str | None) -> list[float]:
     None.
 
     Skipped updates of a run are left out: they changed nothing, and the optimizer did not count
-    them.
+    them. Of a step of several updates each has its own.
 
     Raises:
       InputError: The file cannot be read, or what it holds are no multipliers.
@@ -111,12 +117,12 @@ def read_multipliers(path: str | None) -> list[float]:
             for line in jsonl.read(path):
                 if line.problem:
                     raise ValueError(f"line {line.number}: {line.problem}")
-                if line.row.get("skipped") == 0:
-                    found.append(line.row["multiplier"])
+                if line.row.get("skipped", 1) != 1:
+                    found += line.row.get("multipliers", [line.row["multiplier"]])
         else:
             with open(path, encoding="utf-8") as file:
                 found = json.load(file)
-    except (OSError, ValueError, RecursionError, KeyError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, KeyError) as error:
         raise InputError(
             f"optimizer.replay: {path} cannot be read ({type(error).__name__}: {error}); give the "
             "metrics.jsonl of a run, or a JSON list of numbers"
@@ -211,9 +217,9 @@ def _read(folder: Path, name: str) -> RunLog:
     for metric, column in columns.items():
         steps = sorted(column)
         run.metrics[metric] = Series(np.array(steps), np.array([column[step] for step in steps]))
-    planned = run.config.get("steps")
+    planned, what = run.config.get("steps"), "updates" if run.updates_a_step == 1 else "steps"
     if isinstance(planned, int) and run.steps < planned:
-        run.notes.insert(0, f"has {run.steps} of {planned} updates: interrupted, or still going on")
+        run.notes.insert(0, f"has {run.steps} of {planned} {what}: interrupted, or still going on")
     return run
 
 

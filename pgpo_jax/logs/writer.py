@@ -5,7 +5,7 @@
 responses to one question belong together.
 
 Files are the truth: one JSON object a line, flushed at once, so that a killed run loses nothing.
-Every metrics row has `step`, the number of updates done. NaN and infinities, which JSON does not
+Every metrics row has `step`, the number of steps done. NaN and infinities, which JSON does not
 have, become null. A resumed run cuts its files where they ended when its checkpoint was saved and
 appends, so a file reads as if the run had never stopped. Rows that find no space stay in memory
 until there is some; a file holds whole lines only.
@@ -48,7 +48,7 @@ class Writer:
         Args:
           output_dir: A local folder, made if need be.
           config: What to report besides the files.
-          total_steps: Updates of the whole run, for the time left.
+          total_steps: Steps of the whole run, for the time left.
           resume_from: The step of the restored checkpoint: rows after it are dropped. None starts
             the files anew.
           sizes: What `sizes` returned when it was saved: files are cut there, not by their steps.
@@ -97,7 +97,7 @@ class Writer:
         """Adds a row of metrics to the file and the trackers, and tells how it goes.
 
         Args:
-          step: Updates done.
+          step: Steps done.
           row: Names to numbers (of Python, numpy or jax; one element each), text or null.
           warnings: What it gave rise to, said after it.
         """
@@ -121,7 +121,7 @@ class Writer:
         """Writes some of a step's responses to samples.jsonl and, now and then, shows a few.
 
         Args:
-          step: Updates done when they were sampled.
+          step: The one that they are of, from 1.
           records: One mapping a response, with at least `prompt`, `response` and `reward`.
           more: Further fields of the record of that number; asked for those that are written.
         """

@@ -61,8 +61,13 @@ class ObjectiveConfig:
     """Coefficient of the clipped policy gradient with advantages relative to the group (GRPO)."""
     scale_advantage: bool = True
     """Divide advantages by the group's standard deviation (GRPO); false does not (Dr. GRPO)."""
+    old_log_probs: Literal["sampler", "recomputed"] = "sampler"
+    """What the policy gradient's ratio and the importance weights compare with: the sampler's
+    log-probs, or those that the student itself gives in one more forward pass before a step's first
+    update. Then a weight of its own, also up to `distillation.importance_cap`, corrects both terms
+    for the sampler, and clipping sees the updates alone, not the sampler's rounding."""
     clip_low: float = 0.2
-    """The ratio to the sampler's probability is clipped below at 1 - clip_low."""
+    """The ratio to the old probability is clipped below at 1 - clip_low."""
     clip_high: float = 0.28
     """The ratio is clipped above at 1 + clip_high."""
     advantage: Literal["group", "contrast", "evidence", "teacher_argmax", "low_probability"] = (
@@ -278,6 +283,8 @@ class Policy(NamedTuple):
     """How much of the evidence there is."""
     has_wrong: Bool[Array, "*token"] | None = None
     """Whether the group has a wrong response."""
+    shares: Float[Array, "*token"] | None = None
+    """Weight in a mean over each response's tokens, then over the responses of this term."""
     with_right: Float[Array, "*token"] | None = None
     """Log-prob of the token where the prompt shows the right final answer, nats."""
     with_wrong: Float[Array, "*token"] | None = None
@@ -347,7 +354,7 @@ def surrogate(
 
     Args:
       token_log_probs: Under the student; the gradient flows here only.
-      old_log_probs: Under the policy that sampled. With one update per batch the two differ by
+      old_log_probs: Under the policy that sampled. With one update per rollout the two differ by
         the sampler's rounding alone.
       advantages: Of every token.
       clip_low: How far the ratio may fall before the gradient stops.
@@ -358,18 +365,32 @@ def surrogate(
     return -jnp.minimum(ratio * advantages, clipped * advantages)
 
 
+def is_clipped(
+    token_log_probs: Float[Array, "*tokens"],
+    old_log_probs: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+) -> Bool[Array, "*tokens"]:
+    """Where `surrogate` has no gradient because the student has gone far enough: a positive
+    advantage whose ratio is above its bound, a negative one whose ratio is below it."""
+    ratio = jnp.exp(jnp.clip(token_log_probs - old_log_probs, -20.0, 20.0))
+    above, below = ratio > 1 + clip_high, ratio < 1 - clip_low
+    return ((advantages > 0) & above) | ((advantages < 0) & below)
+
+
 def policy_terms(
     token_log_probs: Float[Array, " tokens"],
     old_log_probs: Float[Array, " tokens"] | None,
     at_argmax: Float[Array, " tokens"],
     policy: Policy,
     config: ObjectiveConfig,
-) -> Float[Array, " tokens"]:
-    """The policy gradient's loss at every token, before its weight.
+) -> tuple[Float[Array, " tokens"], Bool[Array, " tokens"]]:
+    """The policy gradient's loss at every token, before its weight, and where it is clipped.
 
     Args:
       token_log_probs: The student's log-prob of the sampled token; carries the gradient.
-      old_log_probs: The sampler's; None stands for the student's own, a ratio of 1.
+      old_log_probs: Before the step's updates; None stands for the student's own, a ratio of 1.
       at_argmax: The student's log-prob of the teacher's likeliest token.
       policy: Advantages and evidence.
       config: The rule for a token's advantage, and the clipping.
@@ -377,7 +398,8 @@ def policy_terms(
     fixed, at_argmax = jax.lax.stop_gradient((token_log_probs, at_argmax))
     advantages = ADVANTAGES[config.advantage](policy, fixed, at_argmax, config)
     old = fixed if old_log_probs is None else old_log_probs
-    return surrogate(token_log_probs, old, advantages, config.clip_low, config.clip_high)
+    given = old, advantages, config.clip_low, config.clip_high
+    return surrogate(token_log_probs, *given), is_clipped(fixed, *given)
 
 
 # ---- the objective -------------------------------------------------------------------------------
@@ -410,7 +432,9 @@ def _weights(
     weights = Weights(coefficient * questions * per_token * routes.distillation)
     if config.policy:
         policy, taught = _policy(config, responses, group, routes, step)
-        weights = weights._replace(policy=policy._replace(weights=policy.weights * per_token))
+        shares = response_weights(responses.lengths, routes.policy)
+        policy = policy._replace(weights=policy.weights * per_token, shares=shares)
+        weights = weights._replace(policy=policy)
         learned |= taught
     if config.rehearsal:
         rehearsed = context & group.success
@@ -459,6 +483,7 @@ def _loss(
     loss, terms = forward.distill(student, teacher, distillation, policy, plain)
     if terms.policy is not None:
         measured["loss/policy"] = weighted_sum(terms.policy, policy.weights)
+        measured["clip_fraction"] = weighted_sum(terms.clipped, policy.shares)
     if weights.rehearsal is not None:
         measured["loss/rehearsal"] = forward.cross_entropy(
             forward.student("teacher"), weights.rehearsal

@@ -22,7 +22,7 @@ def arrangements(config: Config, devices: Sequence[Any]) -> Iterator[Setup]:
     and then over more (`tensor`); one row at a time on each; slots as far as memory goes.
     """
     c, chip = programs.architecture_of(config.model), chips.chip_of(devices[0])
-    rows, count = programs.row_count(config), len(devices)
+    rows, count = programs.row_count(config) // config.data.updates_per_rollout, len(devices)
     for tensor in (2**i for i in range(count.bit_length())):
         parts = count // tensor
         kv_heads = c.num_key_value_heads

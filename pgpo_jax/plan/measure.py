@@ -11,7 +11,9 @@ from pgpo_jax.plan import chips, hlo, hlo_cost, programs
 from pgpo_jax.plan.chips import Chip
 from pgpo_jax.plan.programs import Setup
 
-NOT_COUNTED = "rollouts of evaluation, the warm start, and copies that a save makes"
+NOT_COUNTED = (
+    "rollouts of evaluation, the warm start, recomputed log-probs, and copies that a save makes"
+)
 """Programs of a run that a plan does not compile."""
 
 
@@ -77,6 +79,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         "reason": None,
         "per_chip": {**state, "activations": None, "temporaries": None, "total": None},
         "stays_whole": programs.whole_arrays(setup),
+        "bytes_per_parameter": programs.bytes_per_parameter(setup),
         "not_counted": NOT_COUNTED,
     }
     alone = sum(state.values())
@@ -107,7 +110,7 @@ def measure(setup: Setup) -> dict[str, Any]:
 
 
 def _train_work(setup: Setup, step: Compiled) -> dict[str, Any]:
-    """Operations, traffic and the least time of a compiled train step."""
+    """Operations, traffic and the least time of a compiled train step, which is one update."""
     chip = _chip(setup)
     work, seconds = _work(hlo_cost.operations(step.module), chip)
     useful, mfu = programs.model_flops(setup), None

@@ -20,7 +20,7 @@ from pgpo_jax.errors import InputError
 from pgpo_jax.logs import read_multipliers
 from pgpo_jax.models import ModelConfig
 from pgpo_jax.objective import GroupStatistics
-from pgpo_jax.optimizer import make_optimizer
+from pgpo_jax.optimizer import OPTIMIZERS, OptimizerConfig, make_optimizer
 from pgpo_jax.state import abstract_train_state, train_state_shardings
 from pgpo_jax.step import make_train_step
 
@@ -53,6 +53,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+MOMENTS = ("mu", "nu", "trace")
+"""What optax calls moments: the first, the second, and the momentum of `sgd`."""
+
+
 class Setup(NamedTuple):
     """What is compiled."""
 
@@ -60,10 +64,16 @@ class Setup(NamedTuple):
     architecture: ModelConfig
     mesh: Mesh
     rows: int
+    """Responses in a step; `update_rows` of them are in an update."""
     prompt: int
     teacher_prompt: int
     response: int
     slots: int
+
+    @property
+    def update_rows(self) -> int:
+        """Responses in an update."""
+        return self.rows // self.config.data.updates_per_rollout
 
 
 def architecture_of(section: hf.ModelSection) -> ModelConfig:
@@ -103,10 +113,11 @@ def make_setup(config: Config, devices: Sequence[Any]) -> Setup:
             f"mesh: got {tuple(mesh.shape.values())}, {mesh.size} of {len(devices)} devices"
         )
     parts, rows = mesh.shape["data"] * mesh.shape["fsdp"], row_count(config)
-    if rows % (parts * config.data.micro_batches):
+    update_rows = rows // config.data.updates_per_rollout
+    if update_rows % (parts * config.data.micro_batches):
         raise InputError(
-            f"data.micro_batches: got {config.data.micro_batches}; {rows} rows must divide by it "
-            f"and by data x fsdp = {parts} devices"
+            f"data.micro_batches: got {config.data.micro_batches}; the {update_rows} rows of an "
+            f"update must divide by it and by data x fsdp = {parts} devices"
         )
     slots = min(config.sampling.slots or rows, rows)
     if not config.sampling.end_tokens:
@@ -147,7 +158,7 @@ def _graphdef(setup: Setup) -> Any:
 def abstract_batch(setup: Setup) -> Batch:
     """Shapes and shardings of the worst batch: every prompt and response at its limit."""
     parts = parts_of(setup.mesh) * setup.config.data.micro_batches
-    each = setup.rows // parts
+    each = setup.update_rows // parts
     tokens = each * setup.response
 
     def array(dtype: Any, *sizes: int) -> Any:
@@ -172,6 +183,9 @@ def abstract_batch(setup: Setup) -> Batch:
         held=array(jnp.int32),
         group=GroupStatistics(*(array(kind, each) for kind in (jnp.bool_, *[jnp.float32] * 2))),
         has_wrong=array(jnp.bool_, each) if setup.config.objective.views else None,
+        old_log_probs=array(jnp.float32, tokens)
+        if setup.config.objective.old_log_probs == "recomputed"
+        else None,
     )
 
 
@@ -228,6 +242,33 @@ def state_bytes(setup: Setup) -> dict[str, int]:
     }
 
 
+def bytes_per_parameter(setup: Setup) -> dict[str, dict[str, float]]:
+    """Bytes of the state for each parameter of the model, on all devices together.
+
+    Of student and teacher, and, by optimizer and type of the first moment, of every moment by the
+    name that optax gives it.
+    """
+    params, state = abstract_params(setup), None
+    count = sum(x.size for x in jax.tree.leaves(params))
+
+    def each(tree: Any) -> float:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / count
+
+    found: dict[str, dict[str, float]] = {}
+    for name in OPTIMIZERS:
+        for dtype in ("float32", "bfloat16"):
+            chosen = OptimizerConfig(name=name, moments_dtype=dtype)  # pyright: ignore[reportArgumentType]
+            state = abstract_train_state(params, make_optimizer(chosen))
+            moments: dict[str, float] = {}
+            for path, leaf in jax.tree.leaves_with_path(state.opt_state):
+                fields = [entry.name for entry in path if hasattr(entry, "name")]
+                if leaf.ndim and (kind := fields[-1]) in MOMENTS:
+                    moments[kind] = moments.get(kind, 0.0) + each(leaf)
+            found[f"{name}, {dtype}"] = moments
+    assert state is not None
+    return {"state": {"student": each(state.student), "teacher": each(state.teacher)}} | found
+
+
 def cache_bytes(setup: Setup) -> int:
     """Keys and values of a device's slots at their longest."""
     c, mesh = setup.architecture, setup.mesh
@@ -241,7 +282,7 @@ def cache_bytes(setup: Setup) -> int:
 
 
 def model_flops(setup: Setup) -> int:
-    """What the method asks for in one step, all devices together; nothing computed twice counts.
+    """What the method asks for in one update, all devices together; nothing computed twice counts.
 
     Two operations per multiply-add; the student's backward pass is twice its forward pass, and
     attention counts the keys that a query sees.
@@ -262,4 +303,4 @@ def model_flops(setup: Setup) -> int:
     head = 2 * setup.response * c.hidden_size * c.vocab_size
     student = forward(setup.prompt + setup.response) + head
     teacher = forward(setup.teacher_prompt + setup.response) + head
-    return setup.rows * (3 * student + teacher)
+    return setup.update_rows * (3 * student + teacher)

@@ -8,7 +8,9 @@ same as JSON.
 
 Lengths are those of the worst batch: every prompt, teacher prompt and response at its limit
 (`data.max_prompt_length`, `reprompt.max_length`, `sampling.max_response_length`). Where this fits,
-every batch of the run does, and its time is the longest a step takes.
+every batch of the run does, and its time is the longest an update takes.
+
+Where a step has several updates, operations, traffic and times of training are those of one.
 
 The times are bounds, not measurements: every kernel at the chip's peak or its memory's bandwidth,
 whichever is slower, and collectives, if they take less than that, for nothing.
@@ -72,6 +74,7 @@ def plan(config: Config, topology: str | None = None) -> dict[str, Any]:
     else:
         lengths = ("rows", "prompt", "teacher_prompt", "response")
         out |= {"batch": {name: getattr(setup, name) for name in lengths}}
+        out |= {"update_rows": setup.update_rows, "updates_per_step": config.data.updates}
         out |= measure.measure(setup)
         if out["fits"]:
             out |= measure.overhead(setup, out)
@@ -101,6 +104,9 @@ def describe(found: dict[str, Any]) -> str:
                 f"response {b['response']} tokens, {found['micro_batches']} micro-batches",
             )
         )
+    if found.get("updates_per_step", 1) > 1:
+        text = f"{found['updates_per_step']} a step, each of {found['update_rows']} rows"
+        rows.append(("updates", text))
     rows.append(("memory per chip", _gib(found["hbm_bytes"])))
     rows += [(f"  {name}", _gib(value)) for name, value in found["per_chip"].items()]
     rows += [
@@ -111,9 +117,25 @@ def describe(found: dict[str, Any]) -> str:
         )
         for array in found.get("stays_whole", [])
     ]
-    rows += _train_rows(found) + _decode_rows(found) + _verdict(found)
+    rows += _parameter_rows(found) + _train_rows(found) + _decode_rows(found) + _verdict(found)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _parameter_rows(found: dict[str, Any]) -> Rows:
+    """Bytes of the state for each parameter, with every optimizer that there is."""
+
+    def text(sizes: dict[str, float]) -> str:
+        return " + ".join(f"{name} {size:.3g}" for name, size in sizes.items())
+
+    sizes = dict(found.get("bytes_per_parameter", {}))
+    if not sizes:
+        return []
+    state = text(sizes.pop("state"))
+    return [
+        ("bytes a parameter", state),
+        *((f"  {name}", f"{text(each)}: {sum(each.values()):.3g}") for name, each in sizes.items()),
+    ]
 
 
 def _train_rows(found: dict[str, Any]) -> Rows:
@@ -127,7 +149,7 @@ def _train_rows(found: dict[str, Any]) -> Rows:
         ("memory traffic per chip", _number(found["bytes_per_chip"], "bytes")),
         ("sent per chip", _number(found["collective_bytes_per_chip"], "bytes")),
         *((f"  {kind}", _number(value, "bytes")) for kind, value in by_kind),
-        ("step, at best", _number(found["estimated_step_seconds"], "s")),
+        ("update, at best", _number(found["estimated_step_seconds"], "s")),
         *((f"  {name}", _number(value, "s")) for name, value in parts if name != "total"),
         ("model FLOPs used, at best", _number(found["estimated_mfu"], "of peak")),
     ]

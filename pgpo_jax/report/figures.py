@@ -279,6 +279,8 @@ def _against(experiments: Sequence[Experiment]) -> list[Picture]:
         axes.scatter(x[keep], y[keep], s=9, color=_stand_in(row), alpha=opacity, linewidths=0)
     axes.set_xlabel("information, nats per token")
     note = "A point a step, the later the stronger."
+    if any(run.updates_a_step > 1 for _, run, _, _ in points):
+        note += " Means over a step's updates, where it has several."
     if any(_rule(run) for _, run, _, _ in points):
         note += " Line: exp(alpha x information) within its bounds."
     return [Picture(AGAINST, note, [], _svg(figure))]

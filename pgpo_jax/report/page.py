@@ -104,7 +104,10 @@ def _environment() -> jinja2.Environment:
 
 def _facts(runs: Sequence[RunLog]) -> list[str]:
     """What all runs have in common, in a few words."""
-    facts = [f"{max(run.steps for run in runs):,} updates"]
+    counts = sorted({run.updates_a_step for run in runs})
+    each = f"steps of {' or '.join(map(str, counts))} updates"
+    what = "updates" if counts == [1] else each
+    facts = [f"{max(run.steps for run in runs):,} {what}"]
     for name, form in (("task.name", "task {}"), ("model.path", "model {}")):
         values = {str(run.config.get(name)) for run in runs} - {"None"}
         facts += [form.format(*values)] if len(values) == 1 else []

@@ -6,6 +6,7 @@ from pgpo_jax.run.folder import claim_folder, hold_folder, lock_folder
 from pgpo_jax.run.record import Clock, records, summarise, token_columns
 from pgpo_jax.run.session import STOPPED, Session
 from pgpo_jax.run.setup import Run, check_rows, checkpoint_folder, describe, join, load_run
+from pgpo_jax.run.updates import make_updates
 
 __all__ = [
     "STOPPED",
@@ -21,6 +22,7 @@ __all__ = [
     "join",
     "load_run",
     "lock_folder",
+    "make_updates",
     "reactions",
     "records",
     "summarise",

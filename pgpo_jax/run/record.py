@@ -71,7 +71,7 @@ def summarise(
         "response_length/clip_fraction": means["cut"],
         **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
         "tokens_per_second/rollout": tokens / clock.seconds["rollout"],
-        "tokens_per_second/train": tokens / clock.seconds["train"],
+        "tokens_per_second/train": tokens * run.config.data.passes / clock.seconds["train"],
     }
 
 

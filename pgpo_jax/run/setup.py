@@ -145,15 +145,19 @@ def checkpoint_folder(config: Config) -> str:
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:
-    """Rows must divide over micro-batches, devices and hosts; found before anything is computed."""
+    """An update's rows must divide over micro-batches, devices and hosts; found before anything is
+    computed."""
     parts, hosts = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
-    questions, micro_batches = config.data.questions_per_step, config.data.micro_batches
+    updates, micro_batches = config.data.updates_per_rollout, config.data.micro_batches
+    questions = config.data.questions_per_step // updates
     rows = questions * config.sampling.num_samples
     if questions % hosts or rows % (parts * micro_batches):
+        got = f"data.questions_per_step: got {questions} ("
+        if updates > 1:
+            got = f"data.updates_per_rollout: got {updates} ({questions} questions an update "
         raise InputError(
-            f"data.questions_per_step: got {questions} (x {config.sampling.num_samples} samples = "
-            f"{rows} rows); must divide by {hosts} hosts, and rows by {parts} devices (data x fsdp)"
-            f" x {micro_batches} micro-batches"
+            f"{got}x {config.sampling.num_samples} samples = {rows} rows); must divide by {hosts} "
+            f"hosts, and rows by {parts} devices (data x fsdp) x {micro_batches} micro-batches"
         )
 
 
@@ -164,8 +168,9 @@ def describe(run: Run) -> str:
     mesh = run.policy.mesh
     shape = " x ".join(f"{name} {count}" for name, count in mesh.shape.items())
     device = mesh.devices.flat[0].device_kind
+    updates, steps = run.config.data.updates, run.config.steps
     return (
         f"{run.task.name}: {len(run.task.train):,} questions, {len(run.task.test):,} held out "
         f"({content}); {size:,} parameters on {mesh.size} {device} ({shape}); "
-        f"{run.config.steps} updates"
+        + (f"{steps} updates" if updates == 1 else f"{steps} steps of {updates} updates")
     )

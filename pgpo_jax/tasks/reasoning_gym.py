@@ -60,6 +60,7 @@ def load(config: TaskConfig) -> Task:
         verify=function.verify if function else _Judge(config, wanted + count),
         examples=worked_examples(questions, _answer) if worked else None,
         demonstration=_answer if worked else None,
+        solution=_answer if worked else None,
         code=function.digest if function else "",
         notes=tuple(_notes(config, len(made) - len(test) - len(train), worked)),
     )

@@ -134,6 +134,21 @@ def test_a_run_read_back_has_its_updates_and_the_alarms_that_it_gave(curves, tmp
     assert curves.ALARMS["watch: information"](found) == found.fired["information"]
 
 
+def test_a_step_of_several_updates_has_the_multiplier_of_each(curves, tmp_path):
+    row = {"loss": 0.1, "information": 0.5, "multiplier": 1.25, "reward/mean": 0.5}
+    rows = [
+        {"step": 1, **row, "skipped": 0.0, "multipliers": [1.0, 1.5]},
+        {"step": 2, **row, "skipped": 0.5, "multipliers": [2.0]},
+        {"step": 3, **row, "skipped": 1.0},
+    ]
+    for name, lines in (("metrics", rows), ("evaluations", [{"step": 0, "rewards": [0.5]}])):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    found = curves.read(tmp_path)
+    assert found.updates.tolist() == [1, 1, 2]
+    assert found.multiplier.tolist() == [1.0, 1.5, 2.0]
+
+
 def test_an_alarm_is_judged_by_lead_time_misses_and_false_alarms(curves):
     alarms = [10, 60, 40, 50, None, 30, None]
     falls = [40, 100, 40, 20, 80, None, None]

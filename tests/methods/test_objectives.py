@@ -69,6 +69,20 @@ def test_the_gradient_stops_where_the_ratio_is_clipped_and_is_reinforces_elsewhe
     np.testing.assert_allclose(gradient, [0, -2, 3, 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
+def test_what_counts_as_clipped_is_what_has_no_gradient_by_numpy(sign):
+    log_ratios = np.linspace(-1, 1, 41).astype(np.float32)
+    advantages = jnp.full(41, 2 * sign)
+    clipped = objective.is_clipped(jnp.asarray(log_ratios), jnp.zeros(41), advantages)
+    ratios = np.exp(log_ratios)
+    expected = {1.0: ratios > 1.28, -1.0: ratios < 0.8, 0.0: np.full(41, False)}[sign]
+    np.testing.assert_array_equal(clipped, expected)
+    surrogate = jax.vmap(jax.grad(objective.surrogate))
+    gradient = surrogate(jnp.asarray(log_ratios), jnp.zeros(41), advantages)
+    flows = -2 * sign * ratios
+    np.testing.assert_allclose(gradient, np.where(expected, 0, flows), rtol=1e-5)
+
+
 def test_equal_evidence_is_grpo_exactly():
     same = POLICY._replace(with_wrong=POLICY.with_right, has_wrong=jnp.ones(TOKENS, bool))
     chex.assert_trees_all_equal(terms(same, advantage="contrast"), terms())
@@ -110,9 +124,11 @@ def test_evidence_keeps_the_sign_of_an_advantage(advantage, evidence, weight, cl
 
 
 def test_the_teachers_likeliest_token_raises_an_advantage_by_its_probability():
-    plain = objective.policy_terms(LOG_PROBS, None, AT_ARGMAX, POLICY, ObjectiveConfig(policy=1.0))
+    plain, _ = objective.policy_terms(
+        LOG_PROBS, None, AT_ARGMAX, POLICY, ObjectiveConfig(policy=1.0)
+    )
     config = ObjectiveConfig(policy=1.0, advantage="teacher_argmax")
-    raised = objective.policy_terms(LOG_PROBS, None, AT_ARGMAX, POLICY, config)
+    raised, _ = objective.policy_terms(LOG_PROBS, None, AT_ARGMAX, POLICY, config)
     np.testing.assert_allclose(plain - raised, 0.5 * jnp.exp(AT_ARGMAX), rtol=1e-5, atol=1e-6)
 
 

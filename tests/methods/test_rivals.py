@@ -22,6 +22,7 @@ SMALL = {
     "model.architecture": json.dumps(ARCHITECTURE),
     "warm_start.steps": 0,
     "data.questions_per_step": 4,
+    "data.updates_per_rollout": 1,
     "sampling.num_samples": 4,
     "optimizer.warmup_steps": 0,
     "evaluation.every": 0,

@@ -155,6 +155,33 @@ def test_the_batch_is_the_worst_that_the_limits_allow(path):
     assert tokens.sharding.shard_shape(tokens.shape) == (parts // 4, each * 24)
 
 
+def test_an_update_of_several_has_its_part_of_the_rows(path):
+    options = ("--data.updates_per_rollout", "2", "--data.passes", "3")
+    setup = setup_on(path, 8, *options, "--objective.old_log_probs", "recomputed")
+    assert (setup.rows, setup.update_rows) == (16, 8)
+    batch = programs.abstract_batch(setup)
+    assert batch.lengths.size == 8
+    assert batch.old_log_probs.shape == batch.responses.shape
+    whole = setup_on(path, 8)
+    assert programs.model_flops(whole) == 2 * programs.model_flops(setup)
+    with pytest.raises(InputError, match=r"data\.micro_batches: got 2; the 4 rows of an update"):
+        setup_on(path, 8, "--data.updates_per_rollout", "4")
+
+
+def test_the_bytes_of_a_parameter_are_shown_for_every_optimizer(local):
+    sizes = local["bytes_per_parameter"]
+    assert sizes["state"] == {"student": 4, "teacher": 4}
+    assert sizes["adamw, float32"] == {"mu": 4, "nu": 4}
+    assert sizes["adamw, bfloat16"] == {"mu": 2, "nu": 4}
+    assert sizes["lion, bfloat16"] == {"mu": 2}
+    assert sizes["sgd, float32"] == {"trace": 4}
+    vectors = 2 * (2 * 64 + 2 * 16) + 64  # norms, and the embedding and head below
+    rest = (2 * 512 * 64 + vectors) / local["model_parameters"]
+    assert sizes["muon, float32"]["mu"] == pytest.approx(4)
+    assert sizes["muon, float32"]["nu"] == pytest.approx(4 * rest)
+    assert "adamw, bfloat16" in plan.describe(local) and "mu 2 + nu 4: 6" in plan.describe(local)
+
+
 @pytest.mark.slow
 def test_another_mesh_is_suggested_where_the_given_one_does_not_fit(path, monkeypatch):
     chip_bytes = 1_600_000  # state and gradients are 2.0 MB
