@@ -2,6 +2,7 @@
 
 from pgpo_jax.run import reactions
 from pgpo_jax.run.checks import check_siblings
+from pgpo_jax.run.evaluation import evaluate_sets
 from pgpo_jax.run.folder import claim_folder, hold_folder, lock_folder
 from pgpo_jax.run.record import Clock, records, summarise, token_columns
 from pgpo_jax.run.session import STOPPED, Session
@@ -17,6 +18,7 @@ __all__ = [
     "checkpoint_folder",
     "claim_folder",
     "describe",
+    "evaluate_sets",
     "hold_folder",
     "join",
     "load_run",

@@ -15,7 +15,7 @@ from pgpo_jax.logs import End, Watch, Writer
 from pgpo_jax.run import reactions
 from pgpo_jax.run.compilations import count_compilations
 from pgpo_jax.run.content import check_content, content, versions
-from pgpo_jax.run.evaluation import evaluate_run
+from pgpo_jax.run.evaluation import Interrupted, evaluate_run
 from pgpo_jax.run.preview import preview
 from pgpo_jax.run.setup import Run, checkpoint_folder, describe
 from pgpo_jax.run.signals import stop_on_signals
@@ -131,14 +131,17 @@ class Session:
         every = config.evaluation.every
         due = every > 0 and step != self._evaluated and (step % every == 0 or done)
         if due and not self._stopping():
-            average = evaluate_run(self._run, state, self._key, self.writer)
-            self._checkpoints.save_best(step, state.student, average)
-            self._evaluated = step
+            with contextlib.suppress(Interrupted):
+                average = evaluate_run(self._run, state, self._key, self.writer, self._stopping)
+                self._checkpoints.save_best(step, state.student, average)
+                self._evaluated = step
         self._stopped = self._stopping()
         ends = self._stopped or done
         self._checkpoints.check()
         if ends or (step != self._resumed and self._saves(step)):
             self._save(state)
+        if not ends:
+            self.writer.begin("train", step, config.steps)
         return not ends
 
     def write(self, step: int, row: dict[str, Any]) -> bool:

@@ -14,7 +14,8 @@ from pgpo_jax.data import CLOCK
 from pgpo_jax.errors import InputError
 from pgpo_jax.models import GraphDef
 from pgpo_jax.reprompt import RepromptConfig, with_templates
-from pgpo_jax.run.checks import check_run
+from pgpo_jax.run.checks import check_lengths, check_vocabulary
+from pgpo_jax.run.questions import HeldOut, LeftOut, load_questions
 from pgpo_jax.sampler import Policy, SamplingConfig
 from pgpo_jax.tasks import Task
 
@@ -24,6 +25,7 @@ class Run(NamedTuple):
 
     config: Config
     task: Task
+    """With the questions that fit `data.max_prompt_length`."""
     policy: Policy
     """The model without its weights, the tokenizer, the devices, and how responses are drawn."""
     reprompt: RepromptConfig
@@ -37,7 +39,11 @@ class Run(NamedTuple):
     source: str = ""
     """The files that the weights are from, in words."""
     notes: tuple[str, ...] = ()
-    """What should be known of the devices before they work, a sentence each."""
+    """What should be known of the devices and the questions before work begins, a sentence each."""
+    left_out: LeftOut = LeftOut()
+    """Training questions that are too long."""
+    held_out: tuple[HeldOut, ...] = ()
+    """The sets of questions that evaluations ask, the task's own first."""
 
 
 def join(config: Config) -> Mesh:
@@ -68,13 +74,16 @@ def load_run(config: Config, mesh: Mesh | None = None) -> Run:
     config = _with_date(config, tokenizer)
     sampling = _complete(config, tokenizer)
     reprompt = with_templates(config.reprompt, task.templates)
-    check_run(task, model.config, tokenizer, sampling, config.data, reprompt)
+    check_vocabulary(model.config, tokenizer, sampling)
+    check_lengths(model.config, sampling, config.data, reprompt)
+    task, left_out, held_out = questions = load_questions(config, task, tokenizer, reprompt)
     policy = Policy(model.graphdef, tokenizer, mesh, sampling, config.data)
     path = config.model.path
     source = "" if path is None else hf.describe_files(path)
     axes, shapes = (f(model.config) for f in (models.param_axes, models.param_shapes))
-    notes = tuple(sharding.describe_whole(axes, shapes, mesh))
+    notes = (*sharding.describe_whole(axes, shapes, mesh), *questions.notes(config.data))
     run = Run(config, task, policy, reprompt, model.params, source=source, notes=notes)
+    run = run._replace(left_out=left_out, held_out=held_out)
     if config.teacher.path is None:
         return run
     return _with_teacher(run, model.config.vocab_size)
