@@ -113,7 +113,8 @@ class Console:
                 state.started, state.first = now, done
             if done >= total:
                 del self._phases[phase]
-            if row is None:
+            state.counts = row is None
+            if state.counts:
                 since = state.begun if state.said is None else state.said
                 due = state.first < done < total and now - since >= self._log_seconds
             else:
@@ -220,6 +221,8 @@ class _Phase:
     heard: float = 0.0
     done: int = 0
     total: int = 0
+    counts: bool = False
+    """Whether it has no metrics, and its steps are not worth a number of seconds."""
 
     def left(self, now: float) -> list[str]:
         """The seconds of a step and the time left, where they are known."""
@@ -227,7 +230,8 @@ class _Phase:
             return []
         seconds = (self.heard - self.started) / (self.done - self.first)
         left = max(seconds * (self.total - self.done) - (now - self.heard), 0)
-        return [f"{seconds:.2g} s a step", f"{_duration(left)} left"]
+        pace = [] if self.counts else [f"{seconds:.2g} s a step"]
+        return [*pace, f"{_duration(left)} left"]
 
 
 def _make_progress(console: RichConsole) -> Progress:

@@ -110,8 +110,8 @@ class Writer:
             tracker.log(int(step), finite)
         if "loss" in plain:
             self.progress("train", step, self._total, plain)
-        else:
-            self.say(f"step {step}: {summary(plain)}")
+        elif text := summary(plain):
+            self.say(f"step {step}: {text}")
         for warning in warnings:
             self.warn(f"step {step}: {warning}")
 

@@ -7,6 +7,7 @@ from pgpo_jax.run.folder import claim_folder, hold_folder, lock_folder
 from pgpo_jax.run.record import Clock, records, summarise, token_columns
 from pgpo_jax.run.session import STOPPED, Session
 from pgpo_jax.run.setup import Run, check_rows, checkpoint_folder, describe, join, load_run
+from pgpo_jax.run.warm_up import warm_up
 
 __all__ = [
     "STOPPED",
@@ -27,4 +28,5 @@ __all__ = [
     "records",
     "summarise",
     "token_columns",
+    "warm_up",
 ]

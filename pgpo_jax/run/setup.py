@@ -152,6 +152,11 @@ def checkpoint_folder(config: Config) -> str:
     return config.checkpoint.path or os.path.join(config.output_dir, "checkpoints")
 
 
+def warm_start_folder(config: Config) -> str:
+    """Where those of its warm start are, while that goes on."""
+    return os.path.join(checkpoint_folder(config), "warm_start")
+
+
 def check_rows(config: Config, mesh: Mesh) -> None:
     """Rows must divide over micro-batches, devices and hosts; found before anything is computed."""
     parts, hosts = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
