@@ -87,6 +87,40 @@ def test_sigterm_in_every_phase_saves_and_the_same_command_goes_on(tmp_path, who
     assert_equal_runs(tmp_path / "run", whole)
 
 
+def test_a_warm_start_and_an_evaluation_end_within_a_step_and_a_batch_and_go_on(
+    tmp_path, whole, capsys
+):
+    path, run = write(tmp_path, "run"), tmp_path / "run"
+    own = run / "checkpoints" / "warm_start"
+    for place, said, kept in [
+        ("warm start", "stopped at step 0, after 1 of 2 supervised steps", True),
+        ("held-out batch", "stopped at step 0: ", False),
+    ]:
+        with hit(place, 1, signal.SIGTERM) as calls:
+            assert code(train.main, path) == train.STOPPED
+        assert len(calls) == 1  # and nothing was done after it
+        assert said in capsys.readouterr().out
+        assert own.exists() == kept
+        assert (run / "metrics.jsonl").read_text() == ""
+        assert (run / "checkpoints" / "last" / "0").exists() != kept
+    with hit("warm start", 1, signal.SIGTERM) as calls:  # it is not done again
+        assert code(train.main, path) == 0
+    assert calls == []
+    assert_equal_runs(run, whole)
+
+
+@pytest.mark.slow
+def test_a_warm_start_that_is_killed_goes_on_from_its_last_save(tmp_path, whole):
+    warm = {"warm_start": {**RUN["warm_start"], "save_every": 1}}
+    path = write(tmp_path, "run", **warm)
+    status, out, err = command_line(FAULTY, "warm start", 2, "SIGKILL", path)
+    assert status == -signal.SIGKILL, (out, err)
+    status, out, err = command_line("-m", "pgpo_jax.train", path)
+    assert status == 0, err
+    assert "resumed after 1 supervised steps" in out
+    assert_equal_runs(tmp_path / "run", whole)
+
+
 def rows_of_updates(run):
     return [row for row in rows(run / "metrics.jsonl") if "loss" in row]
 
