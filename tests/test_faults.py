@@ -461,6 +461,21 @@ def test_one_of_two_processes_is_killed_and_both_go_on_as_if_it_had_not_been(tmp
     assert_the_others_end_and_all_go_on(tmp_path, 2, 1, "rollout", 4, "SIGKILL")
 
 
+@pytest.mark.slow
+def test_two_processes_answer_a_signal_of_one_in_a_warm_start_and_an_evaluation(tmp_path):
+    names = ("warm_start", "evaluation")
+    changes = {"steps": 1, **{name: RUN[name] for name in names}}
+    codes, errors = finish(start(several(tmp_path, "whole", **changes), 2))
+    assert codes == [0, 0], errors
+    path = several(tmp_path, "run", **changes)
+    for place in ("warm start", "held-out batch"):
+        codes, errors = finish(start(path, 2, hits={1: (place, 1, "SIGTERM")}))
+        assert codes == [train.STOPPED] * 2, (place, errors)
+    codes, errors = finish(start(path, 2))
+    assert codes == [0, 0], errors
+    assert checkpoint.compare(str(tmp_path / "whole"), str(tmp_path / "run")) is None
+
+
 @long
 @pytest.mark.slow
 @pytest.mark.timeout(3600)

@@ -161,7 +161,7 @@ class Console:
             self._bars[phase] = self._progress.add_task(phase, total=total, text="")
             # The steps that an earlier run did must not count into the speed of this one.
             self._progress.reset(self._bars[phase], completed=max(done - 1, 0))
-        fields = {} if text is None else {"text": text}
+        fields: dict[str, Any] = {} if text is None else {"text": text}
         self._progress.update(self._bars[phase], completed=done, **fields)
 
     def table(self, title: str, rows: Sequence[Row]) -> None:
