@@ -3,6 +3,7 @@
 CONFIG is the run's own config.yaml, in its folder. The last line is the result as JSON.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from pgpo_jax import keys, sharding
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.command import parse
 from pgpo_jax.errors import command
-from pgpo_jax.evaluation import evaluate
-from pgpo_jax.run import checkpoint_folder, load_run
+from pgpo_jax.logs import Console
+from pgpo_jax.run import checkpoint_folder, evaluate_sets, load_run
 
 COMMAND = config_module.command("evaluate", __doc__)
 
@@ -27,10 +28,16 @@ def main(argv: Sequence[str]) -> int:
         with Checkpoints(checkpoint_folder(config), read_only=True) as checkpoints:
             step, params = checkpoints.restore_student(params)
     key = keys.key(config.seed, keys.Stream.EVALUATION)  # the run's own evaluation key
-    threshold = config.reprompt.threshold
-    metrics, _ = evaluate(run.policy, params, run.task, key, config.evaluation, threshold)
+    with Console(config.metrics.log_seconds, sharding.is_main()) as console:
+
+        def tell(phase: str):
+            return functools.partial(console.progress, phase)
+
+        found = evaluate_sets(run, params, key, tell)
+        for warning in found.warnings:
+            console.warn(warning)
     if sharding.is_main():
-        print(json.dumps({"step": step, **metrics}))
+        print(json.dumps({"step": step, **found.metrics}))
     return 0
 
 

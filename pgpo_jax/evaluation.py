@@ -1,7 +1,7 @@
 """Evaluation: avg@k, pass@k and maj@k on held-out questions."""
 
 import dataclasses
-import functools
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,19 @@ import numpy as np
 from pgpo_jax import sharding
 from pgpo_jax.errors import InputError, require
 from pgpo_jax.sampler import Conversation, Policy, rollout
-from pgpo_jax.tasks import Outcome, Question, Task, given_answer
+from pgpo_jax.tasks import Outcome, Question, Task, TaskConfig, given_answer
+
+Tell = Callable[[int, int], None]
+"""Hears how many of how many questions of all hosts are answered, before the first and after each
+batch, on all hosts alike; what it raises ends the evaluation."""
+
+
+@dataclass(frozen=True)
+class AlsoConfig(TaskConfig):
+    """A further evaluation set: a task, of which only the held-out questions are asked."""
+
+    label: str = ""
+    """What its metrics are called: `eval/<label>/avg@16`."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,12 @@ class EvaluationConfig:
     top_p: float = 0.95
     """Nucleus of the sampling distribution."""
     questions: int | None = None
-    """Use only the first so many held-out questions; null uses all."""
+    """Use only the first so many held-out questions of each set, over-long ones not counted; null
+    uses all."""
+    also: tuple[AlsoConfig, ...] = ()
+    """Further sets, out of distribution say, asked whenever the first is and alike: sections with
+    the fields of `task` and a `label`, as `[{label: physics, name: sciknoweval, domain: physics}]`.
+    Their training questions are not used; the best student is chosen by the first set."""
     questions_per_batch: int = 64
     """Questions answered at a time."""
     preflight_questions: int = 32
@@ -54,6 +71,14 @@ class EvaluationConfig:
             preflight_questions=(self.preflight_questions >= 0, "at least 0"),
             teacher_questions=(self.teacher_questions >= 0, "at least 0"),
         )
+        for index, section in enumerate(self.also):
+            name, label = f"evaluation.also[{index}].label", section.label
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", label):
+                raise InputError(
+                    f"{name}: got {label!r}; must be a letter, then letters, digits, _ and -"
+                )
+            if label in [other.label for other in self.also[:index]]:
+                raise InputError(f"{name}: got {label!r} twice; must be a name of its own")
 
 
 class Answered(NamedTuple):
@@ -73,6 +98,7 @@ def evaluate(
     key: jax.Array,
     config: EvaluationConfig,
     threshold: float = 0.5,
+    tell: Tell = lambda done, total: None,
 ) -> tuple[dict[str, float], Answered]:
     """Answers the held-out questions and scores the answers.
 
@@ -85,9 +111,10 @@ def evaluate(
       key: Random key; the same key gives the same answers.
       config: Number of samples, temperature, how many questions.
       threshold: Least reward of a success (`reprompt.threshold`).
+      tell: Hears how far it is.
 
     Returns:
-      The metrics of `scores` under the prefix `eval/`, and this host's answers.
+      The metrics of `scores`, and this host's answers.
 
     Raises:
       InputError: The task has no held-out question.
@@ -101,10 +128,10 @@ def evaluate(
         top_k=None,
     )
     questions = held_out(task, config)
-    asked = functools.partial(answer, policy._replace(sampling=sampling), params, task)
-    answered = asked(questions, key, batch=config.questions_per_batch)
-    metrics = scores(answered, len(questions), threshold)
-    return {f"eval/{name}": value for name, value in metrics.items()}, answered
+    pace = Pace(config.questions_per_batch, tell)
+    policy = policy._replace(sampling=sampling)
+    answered = answer(policy, params, task, questions, key, pace=pace)
+    return scores(answered, len(questions), threshold), answered
 
 
 def within_training(policy: Policy) -> Policy:
@@ -134,6 +161,16 @@ def held_out(task: Task, config: EvaluationConfig) -> list[Question]:
     return questions
 
 
+class Pace(NamedTuple):
+    """How many questions are answered at a time, and who hears of it."""
+
+    batch: int
+    tell: Tell
+
+
+AT_ONCE = Pace(64, lambda done, total: None)
+
+
 def answer(
     policy: Policy,
     params: Any,
@@ -141,7 +178,7 @@ def answer(
     questions: Sequence[Question],
     key: jax.Array,
     show: Callable[[Question], Conversation] = lambda question: question.messages,
-    batch: int = 64,
+    pace: Pace = AT_ONCE,
 ) -> Answered:
     """This host's share of the questions, answered and verified.
 
@@ -152,11 +189,13 @@ def answer(
       questions: Those of all hosts.
       key: Random key; consumed.
       show: What the model is shown of a question; its own conversation by default.
-      batch: Questions answered at a time.
+      pace: Questions answered at a time, and who hears of it.
     """
-    mine = list(questions[sharding.host_rows(len(questions))])
+    batch, total = pace.batch, len(questions)
+    mine = list(questions[sharding.host_rows(total)])
     (rounds,) = sharding.agree_max([-(-len(mine) // batch)])
     texts, lengths = [], []
+    pace.tell(0, total)
     for index in range(rounds):
         now = mine[index * batch : (index + 1) * batch]
         rollouts = rollout(
@@ -169,6 +208,7 @@ def answer(
         )
         texts += rollouts.texts
         lengths.append(rollouts.response_mask.sum(-1))
+        pace.tell(min((index + 1) * batch * jax.process_count(), total), total)
     outcomes = verify(task, mine, texts)
     none = np.zeros((0, policy.sampling.num_samples), int)
     return Answered(mine, texts, outcomes, np.concatenate([none, *lengths]))

@@ -6,6 +6,7 @@ it: `1e-5`, which YAML 1.1 and with it PyYAML take for text, is a number.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -14,7 +15,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -164,6 +165,8 @@ def _rule(kind: Any) -> str:
     origin = get_origin(kind)
     if origin is Literal:
         return f"one of {', '.join(get_args(kind))}"
+    if dataclasses.is_dataclass(kind):
+        return "fields and values"
     return {tuple: "a list", dict: "fields and values"}.get(origin) or _PLAIN[kind]
 
 
@@ -199,8 +202,25 @@ def _value(kind: Any, value: Any, name: str) -> Any:
         rule = f"{_rule(kind)}{null}{_quotes(kind, value)}"
         raise InputError(f"{name}: got {show(value)}; must be {rule}")
     if origin is tuple:
-        return tuple(_value(choices[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+        return tuple(_item(choices[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     return value
+
+
+def _item(kind: Any, value: Any, name: str) -> Any:
+    """A value in a list; a section's rules name its fields, not where in the list it stands."""
+    with inside(name):
+        return _value(kind, value, name)
+
+
+@contextlib.contextmanager
+def inside(name: str) -> Iterator[None]:
+    """Says of a mistake in a section of a list which one it is."""
+    try:
+        yield
+    except InputError as error:
+        if str(error).startswith(name):
+            raise
+        raise InputError(f"{name}: {error}") from error
 
 
 def _is_number(value: Any) -> bool:

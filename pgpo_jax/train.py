@@ -37,6 +37,7 @@ from pgpo_jax.run import (
     records,
     summarise,
     token_columns,
+    warm_up,
 )
 from pgpo_jax.sampler import rollout
 from pgpo_jax.state import (
@@ -46,7 +47,6 @@ from pgpo_jax.state import (
     with_fresh_teacher,
 )
 from pgpo_jax.tasks import Outcome, Question
-from pgpo_jax.warm_start import warm_start
 
 __all__ = ["COMMAND", "STOPPED", "main", "train"]
 
@@ -58,7 +58,10 @@ def train(config: Config) -> int:
     run = _prepare(config)
     evaluation_key = keys.key(config.seed, Stream.EVALUATION)
     with hold_folder(run.config) as changes, Session(run, evaluation_key) as session:
-        run, state = _begin(run, session, changes)
+        begun = _begin(run, session, changes)
+        if begun is None:
+            return STOPPED
+        run, state = begun
         update = make_updates(run, state)
         while session.goes_on(state):  # evaluates, saves, and ends after the last update
             step, clock = int(state.step), Clock()
@@ -102,24 +105,19 @@ def _prepare(config: Config) -> Run:
     return run
 
 
-def _begin(run: Run, session: Session, changes: Sequence[str]) -> tuple[Run, TrainState]:
+def _begin(run: Run, session: Session, changes: Sequence[str]) -> tuple[Run, TrainState] | None:
     """The state to go on from: that of the newest checkpoint, or the model after its warm start.
 
-    `changes` says what changed in the configuration since the run was started.
+    `changes` says what changed in the configuration since the run was started. None where a signal
+    ended the warm start.
     """
     config = run.config
     optimizer = make_optimizer(config.optimizer, read_multipliers(config.optimizer.replay))
     state = session.restore(abstract_train_state(run.params, optimizer, run.teacher), changes)
     if state is None:
-        params = run.params
-        if steps := config.warm_start.steps:
-
-            def report(done: int, loss: float) -> None:
-                session.writer.progress("warm start", done, steps, {"loss": loss})
-
-            params = warm_start(
-                run.policy, params, run.task, config.warm_start, run.reprompt, config.seed, report
-            )
+        params = warm_up(run, session) if config.warm_start.steps else run.params
+        if params is None:
+            return None
         state = init_train_state(params, optimizer, run.teacher)
     run = run._replace(params=None, teacher=None)  # the state holds and donates them
     return (reactions.react(run) if session.reacted else run), state

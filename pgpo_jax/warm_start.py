@@ -5,9 +5,10 @@ more than itself, and self-distillation has nothing to give. Off by default.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ class WarmStartConfig:
     """Worked examples in a step."""
     learning_rate: float = 1e-3
     """AdamW's peak rate: linear warm-up over a tenth of the steps, then a cosine to 0."""
+    save_every: int = 200
+    """Supervised steps between two saves of the warm start itself, which a stop signal saves too
+    and a resumed run goes on from; 0 leaves it at the signal."""
 
     def __post_init__(self):
         require(
@@ -41,39 +45,97 @@ class WarmStartConfig:
             steps=(self.steps >= 0, "at least 0"),
             examples_per_step=(self.examples_per_step >= 1, "at least 1"),
             learning_rate=(self.learning_rate > 0, "positive"),
+            save_every=(self.save_every >= 0, "at least 0"),
         )
+
+
+class WarmState(NamedTuple):
+    """What a supervised step changes."""
+
+    student: Any
+    """The parameters."""
+    opt_state: Any
+
+
+class Supervised(NamedTuple):
+    """A warm start after some of its steps."""
+
+    steps: int
+    """Steps done."""
+    state: WarmState
+    """Donated to the next step."""
+    loss: Any = None
+    """Of the last step, nats per response token; a scalar on the devices, None before the first."""
+    left_out: int = 0
+    """Worked examples so far whose prompts were too long."""
+    longest: int = 0
+    """Tokens of the longest of them."""
+
+
+def begin(config: WarmStartConfig, params: Any) -> Supervised:
+    """The warm start of these parameters before its first step."""
+    return Supervised(0, WarmState(params, init_state(_optimizer(config), params)))
+
+
+def _optimizer(config: WarmStartConfig) -> optax.GradientTransformation:
+    peak = config.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, config.steps // 10, config.steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
 
 
 def warm_start(
     policy: Policy,
-    params: Any,
+    now: Supervised,
     task: Task,
     config: WarmStartConfig,
     reprompt: RepromptConfig,
     seed: int,
-    report: Callable[[int, float], None] = lambda step, loss: None,
-) -> Any:
-    """Trains on `config.steps` batches of fresh worked examples; returns the parameters.
+) -> Iterator[Supervised]:
+    """Trains on batches of fresh worked examples; yields after every step.
+
+    A worked example whose prompt is over `reprompt.max_length` is left out and counted, unless
+    `data.over_long` makes it an error; a step of which all are left out changes nothing.
 
     Args:
       policy: The model, its tokenizer, the options of the prompts, the mesh.
-      params: The model's parameters; donated.
+      now: Where it stands; its state is donated.
       task: Its `examples` are the worked examples.
       config: Steps, batch, rate.
       reprompt: How a demonstration stands in the prompt, the same as for the teacher.
       seed: The examples of step s derive from it and from s.
-      report: Called with the step and its loss (nats per response token) now and then.
 
     Raises:
-      InputError: The task has no worked examples.
+      InputError: The task has no worked examples, or none that is short enough.
     """
     if task.examples is None:
         raise InputError(
             f"warm_start.steps: got {config.steps}; task {task.name} has no worked examples, set 0"
         )
-    peak = config.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, config.steps // 10, config.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
+    step = _make_step(policy, _optimizer(config))
+    for index in range(now.steps, config.steps):
+        rng = keys.generator(seed, keys.Stream.WARM_START, index)
+        examples = task.examples(rng, config.examples_per_step)
+        rows, over, longest = _encode(policy, examples, reprompt)
+        counted = now.left_out + over, max(now.longest, longest)
+        if over < len(examples):
+            rows = sharding.to_global(rows, policy.mesh)
+            params, opt_state, loss = step(*now.state, rows)
+            now = Supervised(index + 1, WarmState(params, opt_state), loss, *counted)
+        elif now.left_out == index * len(examples):  # nor did any before
+            raise InputError(
+                f"reprompt.max_length: got {reprompt.max_length}; the prompts of all "
+                f"{counted[0]:,} worked examples so far are longer, up to {counted[1]:,} tokens; "
+                "raise the limit, or set warm_start.steps to 0"
+            )
+        else:
+            now = Supervised(index + 1, now.state, now.loss, *counted)
+        yield now
+
+
+def _make_step(
+    policy: Policy, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Any, Any]]:
+    """One supervised step; parameters and optimizer state are donated."""
 
     def loss_fn(params, rows):
         model = merge(policy.graphdef, params)
@@ -98,22 +160,15 @@ def warm_start(
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
-    opt_state = init_state(optimizer, params)
-    for index in range(config.steps):
-        rng = keys.generator(seed, keys.Stream.WARM_START, index)
-        rows = _encode(policy, task.examples(rng, config.examples_per_step), reprompt)
-        rows = sharding.to_global(rows, policy.mesh)
-        params, opt_state, loss = step(params, opt_state, rows)
-        if index % 50 == 49 or index + 1 == config.steps:
-            report(index + 1, float(loss))
-    return params
+    return step
 
 
 def _encode(
     policy: Policy, examples: Sequence[Example], reprompt: RepromptConfig
-) -> tuple[np.ndarray, ...]:
-    """This host's prompts, responses and their masks of one step."""
-    templates = resolve_templates(reprompt)
+) -> tuple[tuple[np.ndarray, ...], int, int]:
+    """This host's prompts, responses and their masks of one step; how many examples of all hosts
+    are left out, and the tokens of the longest of these."""
+    templates, limit = resolve_templates(reprompt), reprompt.max_length
     examples = examples[sharding.host_rows(len(examples))]
     tokenizer = policy.tokenizer
     prompts = data.encode(
@@ -122,7 +177,7 @@ def _encode(
             teacher_messages(example.question.messages, example.demonstration, "", templates)
             for example in examples
         ],
-        max_length=reprompt.max_length,
+        max_length=sys.maxsize if policy.prompts.over_long == "drop" else limit,
         template_options=policy.prompts.template_options,
         names=[example.question.key for example in examples],
         field="reprompt.max_length",
@@ -131,11 +186,19 @@ def _encode(
     responses = tokenizer(texts, add_special_tokens=False)["input_ids"]
     end = _end_token(policy)
     responses = [[*row, end] for row in responses]
-    width, time = sharding.agree_max([max(map(len, prompts)), max(map(len, responses))])
-    return (
-        *data.left_pad(prompts, data.bucket(width, reprompt.max_length)),
+    long = [len(prompt) for prompt in prompts if len(prompt) > limit]
+    # All hosts have as many rows as ever: one that is left out has nothing to predict.
+    responses = [row if len(prompts[i]) <= limit else [] for i, row in enumerate(responses)]
+    prompts = [row if len(row) <= limit else [0] for row in prompts]
+    hosts = jax.process_count()
+    over = int(sharding.gather_rows(np.array([[len(long)]], np.float32), hosts).sum())
+    sizes = [max(map(len, prompts)), max(map(len, responses)), max(long, default=0)]
+    width, time, longest = sharding.agree_max(sizes)
+    rows = (
+        *data.left_pad(prompts, data.bucket(width, limit)),
         *data.right_pad(responses, time if time < 16 else data.bucket(time, 2**30)),
     )
+    return rows, over, longest
 
 
 def _end_token(policy: Policy) -> int:

@@ -200,6 +200,43 @@ ROOT = Path(__file__).parent.parent
             "alarms: {most_broken: 0}",
             "alarms.most_broken: got 0; must be at least 1",
         ),
+        "another fate of long questions": (
+            "data: {over_long: cut}",
+            "data.over_long: got 'cut'; must be one of drop, error",
+        ),
+        "a warm start that is saved backwards": (
+            "warm_start: {save_every: -1}",
+            "warm_start.save_every: got -1; must be at least 0",
+        ),
+        "one further set in place of a list": (
+            "evaluation: {also: {label: far}}",
+            "evaluation.also: got {'label': 'far'}; must be a list",
+        ),
+        "a further set of one word": (
+            "evaluation: {also: [addition]}",
+            "evaluation.also[0]: got 'addition'; must be fields and values",
+        ),
+        "a further set without a label": (
+            "evaluation: {also: [{seed: 1}]}",
+            "evaluation.also[0].label: got ''; must be a letter, then letters, digits, _ and -",
+        ),
+        "two further sets of one label": (
+            "evaluation: {also: [{label: far}, {label: far, seed: 1}]}",
+            "evaluation.also[1].label: got 'far' twice; must be a name of its own",
+        ),
+        "a field of a further set mistyped": (
+            "evaluation: {also: [{label: far, sed: 1}]}",
+            "evaluation.also[0].sed: no such field; did you mean evaluation.also[0].seed?",
+        ),
+        "a field of a further set of another type": (
+            "evaluation: {also: [{label: far, seed: one}]}",
+            "evaluation.also[0].seed: got 'one'; must be a whole number",
+        ),
+        "a further set against the rules of a task": (
+            "evaluation: {also: [{label: far, name: dataset}]}",
+            "evaluation.also[0]: task.path: got nothing; `dataset` needs a file, a folder or a hub "
+            "id",
+        ),
         "another key of the architecture": (
             "model: {architecture: {model_type: qwen3, layers: 2}}",
             "architecture: got ['layers']; must be among ...",
@@ -422,6 +459,14 @@ def test_a_bad_command_line_is_refused(given, expected, refused):
             {"task": {"test_questions": 0}, "evaluation": {"every": 1}},
             "evaluation.every: got 1, but addition has no held-out question; set it to 0, or give "
             "some (task.test_path, task.test_fraction, task.test_questions)",
+        ),
+        "a further set whose file is not there": (
+            {"evaluation": {"also": [{"label": "far", "name": "sciknoweval", "path": "none"}]}},
+            "evaluation.also[0]: task.path: ...",
+        ),
+        "a further set without a held-out question": (
+            {"evaluation": {"also": [{"label": "far", "test_questions": 0}]}},
+            "evaluation.also[0]: task: got no held-out question of addition; must have some",
         ),
         "a folder that is a file": (
             {"output_dir": "run.yaml"},

@@ -87,6 +87,40 @@ def test_sigterm_in_every_phase_saves_and_the_same_command_goes_on(tmp_path, who
     assert_equal_runs(tmp_path / "run", whole)
 
 
+def test_a_warm_start_and_an_evaluation_end_within_a_step_and_a_batch_and_go_on(
+    tmp_path, whole, capsys
+):
+    path, run = write(tmp_path, "run"), tmp_path / "run"
+    own = run / "checkpoints" / "warm_start"
+    for place, said, kept in [
+        ("warm start", "stopped at step 0, after 1 of 2 supervised steps", True),
+        ("held-out batch", "stopped at step 0: ", False),
+    ]:
+        with hit(place, 1, signal.SIGTERM) as calls:
+            assert code(train.main, path) == train.STOPPED
+        assert len(calls) == 1  # and nothing was done after it
+        assert said in capsys.readouterr().out
+        assert own.exists() == kept
+        assert (run / "metrics.jsonl").read_text() == ""
+        assert (run / "checkpoints" / "last" / "0").exists() != kept
+    with hit("warm start", 1, signal.SIGTERM) as calls:  # it is not done again
+        assert code(train.main, path) == 0
+    assert calls == []
+    assert_equal_runs(run, whole)
+
+
+@pytest.mark.slow
+def test_a_warm_start_that_is_killed_goes_on_from_its_last_save(tmp_path, whole):
+    warm = {"warm_start": {**RUN["warm_start"], "save_every": 1}}
+    path = write(tmp_path, "run", **warm)
+    status, out, err = command_line(FAULTY, "warm start", 2, "SIGKILL", path)
+    assert status == -signal.SIGKILL, (out, err)
+    status, out, err = command_line("-m", "pgpo_jax.train", path)
+    assert status == 0, err
+    assert "resumed after 1 supervised steps" in out
+    assert_equal_runs(tmp_path / "run", whole)
+
+
 def rows_of_updates(run):
     return [row for row in rows(run / "metrics.jsonl") if "loss" in row]
 
@@ -425,6 +459,21 @@ def test_one_of_two_processes_is_killed_and_both_go_on_as_if_it_had_not_been(tmp
     codes, errors = finish(start(several(tmp_path, "whole"), 2))
     assert codes == [0, 0], errors
     assert_the_others_end_and_all_go_on(tmp_path, 2, 1, "rollout", 4, "SIGKILL")
+
+
+@pytest.mark.slow
+def test_two_processes_answer_a_signal_of_one_in_a_warm_start_and_an_evaluation(tmp_path):
+    names = ("warm_start", "evaluation")
+    changes = {"steps": 1, **{name: RUN[name] for name in names}}
+    codes, errors = finish(start(several(tmp_path, "whole", **changes), 2))
+    assert codes == [0, 0], errors
+    path = several(tmp_path, "run", **changes)
+    for place in ("warm start", "held-out batch"):
+        codes, errors = finish(start(path, 2, hits={1: (place, 1, "SIGTERM")}))
+        assert codes == [train.STOPPED] * 2, (place, errors)
+    codes, errors = finish(start(path, 2))
+    assert codes == [0, 0], errors
+    assert checkpoint.compare(str(tmp_path / "whole"), str(tmp_path / "run")) is None
 
 
 @long

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import jax
@@ -246,11 +247,30 @@ def test_bad_input_is_one_line_and_exit_code_2(changes, message, write, capsys):
 
 
 def test_the_evaluate_command_scores_the_newest_student(write, tmp_path, capsys):
-    assert code(train.main, write(steps=1)) == 0
+    path = tmp_path / "far.jsonl"
+    lines = [{"prompt": "1" * count, "answer": "1"} for count in (3, 19, 11)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    far = {"label": "far", "name": "dataset", "path": str(path), "test_path": str(path)}
+    also = [{**far, "verifier": "exact"}]
+    assert code(train.main, write(steps=1, evaluation={"also": also})) == 0
     last = rows(tmp_path / "run" / "metrics.jsonl")[-1]
-    capsys.readouterr()
+    (_, asked) = rows(tmp_path / "run" / "evaluations.jsonl")
+    assert (len(asked["rewards"]), len(asked["also"]["far"])) == (4, 2)
+    counts = [last[f"eval/{name}"] for name in ("questions", "far/questions", "far/left_out")]
+    assert counts == [4, 2, 1]
+    assert rows(tmp_path / "run" / "metrics.jsonl")[-2]["data/left_out"] == 0
+    said = capsys.readouterr().out
+    assert "warning: 1 of 3 held-out questions of far are left out: their prompts have more" in said
+    over = "1 of 3 held-out questions of far are left out as over-long: averages are over 2"
+    assert f"warning: step 1: {over}" in said
+    assert re.search(r"step 1: avg@16 .* far avg@16 ", said)
     assert code(evaluate.main, str(tmp_path / "run" / "config.yaml")) == 0
-    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    *before, result = capsys.readouterr().out.splitlines()
+    assert before == [f"warning: {over}"]
+    printed = json.loads(result)
+    own = {name for name in printed if name.startswith("eval/far/")}
+    assert own >= {"eval/far/avg@16", "eval/far/pass@16", "eval/far/format"}
+    assert {name: last[name] for name in own} == {name: printed[name] for name in own}
     assert printed["step"] == 1
     assert printed["eval/avg@16"] == last["eval/avg@16"]
     assert os.path.exists(tmp_path / "run" / "checkpoints")

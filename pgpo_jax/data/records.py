@@ -122,7 +122,13 @@ class DataConfig:
     """
 
     max_prompt_length: int = 2048
-    """Longest question prompt in tokens; a longer one is an error, never cut."""
+    """Longest question prompt in tokens; a longer one is never cut, see `over_long`."""
+
+    over_long: Literal["drop", "error"] = "drop"
+    """What becomes of questions and worked examples whose prompts are over the limit: `drop` leaves
+    them out, says how many of how many and counts them (`data/left_out`, `eval/left_out`); `error`
+    ends the run before it begins. Questions that are made when they are asked for (`addition`) are
+    an error either way."""
 
     template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the tokenizer's chat template, e.g. `{enable_thinking: false}` for Qwen3."""

@@ -227,6 +227,20 @@ def encode(
     return rows
 
 
+def lengths(
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    template_options: Mapping[str, Any] | None = None,
+) -> Int[Host, " prompt"]:
+    """Tokens of each prompt as `encode` makes it, however many there are, without keeping them."""
+    found = []
+    for start in range(0, len(conversations), 1000):  # the tokens of all may not fit the memory
+        part = conversations[start : start + 1000]
+        texts = [render(tokenizer, messages, template_options) for messages in part]
+        found += map(len, tokenize(tokenizer, texts))
+    return np.array(found, int)
+
+
 def _snippet(messages: Sequence[Mapping[str, str]]) -> str:
     text = " ".join(str(messages[-1].get("content", "")).split()) if messages else ""
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -2,6 +2,7 @@
 
 from pgpo_jax.logs import jsonl
 from pgpo_jax.logs.alarms import CONDITIONS, TRENDS, AlarmsConfig, End, Trace, Watch, follow
+from pgpo_jax.logs.console import Console
 from pgpo_jax.logs.reader import (
     ABSENT,
     Experiment,
@@ -21,6 +22,7 @@ __all__ = [
     "CONDITIONS",
     "TRENDS",
     "AlarmsConfig",
+    "Console",
     "End",
     "Experiment",
     "MetricsConfig",

@@ -1,9 +1,11 @@
 """Console of a run: progress with the time left, tables, warnings in plain words."""
 
 import contextlib
+import re
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,29 +35,60 @@ SHOWN = {
     "context_fraction": "context {:.0%}",
     "response_length/mean": "length {:.0f}",
     "accuracy": "accuracy {:.1%}",
-    "eval/avg@16": "avg@16 {:.1%}",
-    "eval/pass@16": "pass@16 {:.1%}",
+    r"eval/(avg@\d+)": "{} {:.1%}",
+    r"eval/(pass@\d+)": "{} {:.1%}",
     "eval/format": "well-formed {:.0%}",
+    r"eval/([\w-]+)/(avg@\d+)": "{} {} {:.1%}",
 }
-"""What a line of progress shows, where a row has it, and how."""
+"""What a line of progress shows, where a row has it (a pattern), and how: the pattern's groups,
+then the value."""
+
+
+FIRST, BEAT = 25.0, 55.0
+"""Seconds of silence after which a log hears that a phase goes on: at its beginning, and later."""
 
 
 class Console:
-    """Talks to a run's user: a bar on a terminal, otherwise a line every so often."""
+    """Talks to a run's user: a bar on a terminal, otherwise a line every so often, at least one a
+    minute while a phase goes on. A context manager."""
 
-    def __init__(self, log_seconds: float, active: bool = True) -> None:
+    def __init__(
+        self, log_seconds: float, active: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Says nothing yet.
 
         Args:
           log_seconds: Between two lines of progress where stdout is no terminal.
           active: False on all hosts but the first: nothing is said.
+          clock: Seconds.
         """
         self._log_seconds = log_seconds
         self._active = active
+        self._clock = clock
         self._console = RichConsole(highlight=False)
         self._progress: Progress | None = None
         self._bars: dict[str, TaskID] = {}
-        self._phases: dict[str, _Phase] = {}
+        self._phases: dict[str, _Phase] = {}  # that are not done; the last one goes on
+        self._said = clock()
+        self._lock = threading.RLock()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def begin(self, phase: str, done: int, total: int) -> None:
+        """Tells that a phase goes on, which has something to say of itself later."""
+        if not self._active:
+            return
+        if self._console.is_terminal:
+            self._bar(phase, done, total, None)
+            return
+        with self._lock:
+            self._goes_on(phase, done, total)
 
     def progress(self, phase: str, done: int, total: int, row: Row | None = None) -> None:
         """Tells how far a phase ("warm start", "train") is.
@@ -63,31 +96,73 @@ class Console:
         Args:
           phase: Its name.
           done: Steps done, of `total`.
-          row: Its latest metrics, of which `SHOWN` names the ones to show.
+          row: Its latest metrics, of which `SHOWN` names the ones to show; None for a phase whose
+            results are told when it is done, so that it is heard of only where it takes long.
         """
         if not self._active:
             return
-        text = summary(row or {})
         if self._console.is_terminal:
-            if self._progress is None:
-                self._progress = _make_progress(self._console)
-                self._progress.start()
-            if phase not in self._bars:
-                self._bars[phase] = self._progress.add_task(phase, total=total, text="")
-                # The steps that an earlier run did must not count into the speed of this one.
-                self._progress.reset(self._bars[phase], completed=max(done - 1, 0))
-            self._progress.update(self._bars[phase], completed=done, text=text)
+            self._bar(phase, done, total, summary(row or {}))
+            if row is None and done >= total and self._progress is not None:
+                self._progress.remove_task(self._bars.pop(phase))
             return
-        state = self._phases.setdefault(phase, _Phase(time.monotonic(), done))
-        now = time.monotonic()
-        if state.said is not None and done < total and now - state.said < self._log_seconds:
-            return
-        state.said = now
-        left = ""
-        if state.first < done < total:
-            seconds = (now - state.started) / (done - state.first)
-            left = f", {seconds:.2g} s a step, {_duration(seconds * (total - done))} left"
-        self.say(f"{phase} {done}/{total}: {text}{left}")
+        with self._lock:
+            now = self._clock()
+            state = self._goes_on(phase, done, total)
+            if state.started is None:
+                state.started, state.first = now, done
+            if done >= total:
+                del self._phases[phase]
+            state.counts = row is None
+            if state.counts:
+                since = state.begun if state.said is None else state.said
+                due = state.first < done < total and now - since >= self._log_seconds
+            else:
+                first = state.said is None or done >= total
+                due = first or now - state.said >= self._log_seconds
+            if due:
+                state.said = now
+                text = [summary(row)] if row else []
+                self.say(f"{phase} {done}/{total}: {', '.join(text + state.left(now))}")
+
+    def beat(self) -> None:
+        """Says that the phase that goes on does so, if nothing was said for long."""
+        with self._lock:
+            if not self._phases or self._closed.is_set():
+                return
+            now, (phase, state) = self._clock(), list(self._phases.items())[-1]
+            limit = FIRST if state.said is None else BEAT
+            if now - max(self._said, state.begun) < max(limit, self._log_seconds):
+                return
+            state.said = now
+            waited = f"{_duration(now - state.heard)} in the next"
+            self.say(f"{phase} {state.done}/{state.total}: {', '.join([waited, *state.left(now)])}")
+
+    def _goes_on(self, phase: str, done: int, total: int) -> "_Phase":
+        """The phase, from now on the one that goes on."""
+        now = self._clock()
+        state = self._phases.pop(phase, None) or _Phase(now)
+        state.done, state.total, state.heard = done, total, now
+        self._phases[phase] = state
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return state
+
+    def _watch(self) -> None:
+        while not self._closed.wait(1.0):
+            self.beat()
+
+    def _bar(self, phase: str, done: int, total: int, text: str | None) -> None:
+        if self._progress is None:
+            self._progress = _make_progress(self._console)
+            self._progress.start()
+        if phase not in self._bars:
+            self._bars[phase] = self._progress.add_task(phase, total=total, text="")
+            # The steps that an earlier run did must not count into the speed of this one.
+            self._progress.reset(self._bars[phase], completed=max(done - 1, 0))
+        fields: dict[str, Any] = {} if text is None else {"text": text}
+        self._progress.update(self._bars[phase], completed=done, **fields)
 
     def table(self, title: str, rows: Sequence[Row]) -> None:
         """Shows rows with the same keys as a small table (as lines where there is no terminal)."""
@@ -111,13 +186,15 @@ class Console:
         if not self._active:
             return
         text = printable(text)
+        self._said = self._clock()
         # On a terminal rich wraps and moves the bar; a log gets the line as it is, at once.
         # A log that is full, or a reader that went away, must not end the run.
         with contextlib.suppress(OSError):
             if self._console.is_terminal:
                 self._console.print(Text(text))
             else:
-                print(text, file=sys.stdout, flush=True)
+                with self._lock:
+                    print(text, file=sys.stdout, flush=True)
 
     def warn(self, text: str) -> None:
         """Prints a warning."""
@@ -125,17 +202,36 @@ class Console:
 
     def close(self) -> None:
         """Ends the progress display."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
         if self._progress is not None:
             self._progress.stop()
 
 
 @dataclass
 class _Phase:
-    """Of a phase that is told in lines: when and where it began, and when it was last told."""
+    """Of a phase that is told in lines: how far it is, and when it was heard of."""
 
-    started: float
-    first: int
+    begun: float
+    started: float | None = None
+    """When its first steps were done, `first` of them: the very first may compile."""
+    first: int = 0
     said: float | None = None
+    heard: float = 0.0
+    done: int = 0
+    total: int = 0
+    counts: bool = False
+    """Whether it has no metrics, and its steps are not worth a number of seconds."""
+
+    def left(self, now: float) -> list[str]:
+        """The seconds of a step and the time left, where they are known."""
+        if self.started is None or not self.first < self.done < self.total:
+            return []
+        seconds = (self.heard - self.started) / (self.done - self.first)
+        left = max(seconds * (self.total - self.done) - (now - self.heard), 0)
+        pace = [] if self.counts else [f"{seconds:.2g} s a step"]
+        return [*pace, f"{_duration(left)} left"]
 
 
 def _make_progress(console: RichConsole) -> Progress:
@@ -156,8 +252,12 @@ def _make_progress(console: RichConsole) -> Progress:
 
 def summary(row: Row) -> str:
     """What a line says of a row of metrics: what `SHOWN` names."""
-    shown = [form.format(row[name]) for name, form in SHOWN.items() if is_number(row.get(name))]
-    return " ".join(shown)
+    return " ".join(
+        form.format(*found.groups(), value)
+        for pattern, form in SHOWN.items()
+        for name, value in row.items()
+        if (found := re.fullmatch(pattern, name)) and is_number(value)
+    )
 
 
 def _short(value: Any, limit: int = 300) -> str:

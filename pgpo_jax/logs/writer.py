@@ -110,8 +110,8 @@ class Writer:
             tracker.log(int(step), finite)
         if "loss" in plain:
             self.progress("train", step, self._total, plain)
-        else:
-            self.say(f"step {step}: {summary(plain)}")
+        elif text := summary(plain):
+            self.say(f"step {step}: {text}")
         for warning in warnings:
             self.warn(f"step {step}: {warning}")
 
@@ -139,10 +139,20 @@ class Writer:
             rows = [{name: record[name] for name in columns} for record in chosen]
             self.table(f"samples of step {step}", rows[: self._config.samples_shown])
 
-    def evaluation(self, step: int, rewards: Sequence[float]) -> None:
-        """Writes the mean reward of every held-out question, in order, to evaluations.jsonl."""
+    def evaluation(
+        self, step: int, rewards: Sequence[float], also: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
+        """Writes the mean reward of every held-out question, in order, to evaluations.jsonl.
+
+        Args:
+          step: Updates done.
+          rewards: Of the questions of the first set.
+          also: Of those of the other sets, by their labels.
+        """
         if self._active:
-            self._append("evaluations.jsonl", {"step": int(step), "rewards": list(rewards)})
+            others = {label: list(found) for label, found in (also or {}).items()}
+            row = {"step": int(step), "rewards": list(rewards)}
+            self._append("evaluations.jsonl", row | ({"also": others} if others else {}))
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file, all of it on the disk: where a run that resumes here cuts them.
@@ -165,6 +175,10 @@ class Writer:
                     f"{name} cannot be written ({error.strerror}); its rows are kept in memory "
                     "until it can"
                 )
+
+    def begin(self, phase: str, done: int, total: int) -> None:
+        """Tells that a phase goes on; see `Console.begin`."""
+        self._console.begin(phase, done, total)
 
     def progress(self, phase: str, done: int, total: int, row: Row | None = None) -> None:
         """Tells how far a phase is; see `Console.progress`."""

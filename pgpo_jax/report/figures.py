@@ -7,7 +7,7 @@ the page's too (its variables), so that a picture follows its light or dark mode
 import colorsys
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -49,6 +49,7 @@ class Picture(NamedTuple):
 
 
 EVALUATION = r"eval/avg@\d+"
+ANOTHER_SET = re.compile(r"eval/([\w-]+)/avg@\d+")
 SECTIONS: dict[str, list[Panel]] = {
     "Learning": [
         Panel("Held-out accuracy", {EVALUATION: "avg@k"}, form="share"),
@@ -112,7 +113,7 @@ SECTIONS: dict[str, list[Panel]] = {
 }
 EVERYTHING_ELSE = "Everything else"
 AGAINST = "Multiplier against information"
-BESIDE_THE_VALUE = re.compile(r".*/(low|high)$")
+BESIDE_THE_VALUE = re.compile(r".*/(low|high)$|eval/(.+/)?questions$|.+/left_out$")
 
 
 def sections(experiments: Sequence[Experiment]) -> dict[str, list[Picture]]:
@@ -122,14 +123,15 @@ def sections(experiments: Sequence[Experiment]) -> dict[str, list[Picture]]:
       InputError: matplotlib is missing.
     """
     matplotlib = _matplotlib()
+    rest = {name for each in experiments for run in each.runs for name in run.metrics}
+    planned = {title: [_with_sets(p, rest) for p in panels] for title, panels in SECTIONS.items()}
     with matplotlib.rc_context(_RC):
         drawn = {
             title: [picture for panel in panels if (picture := _curves(experiments, panel))]
-            for title, panels in SECTIONS.items()
+            for title, panels in planned.items()
         }
         drawn["Information and multiplier"] += _against(experiments)
-        known = [name for panels in SECTIONS.values() for panel in panels for name in panel.metrics]
-        rest = {name for each in experiments for run in each.runs for name in run.metrics}
+        known = [name for panels in planned.values() for panel in panels for name in panel.metrics]
         drawn[EVERYTHING_ELSE] = [
             picture
             for name in sorted(rest)
@@ -138,6 +140,15 @@ def sections(experiments: Sequence[Experiment]) -> dict[str, list[Picture]]:
             and (picture := _curves(experiments, Panel(name, {re.escape(name): name})))
         ]
     return {title: pictures for title, pictures in drawn.items() if pictures}
+
+
+def _with_sets(panel: Panel, metrics: Iterable[str]) -> Panel:
+    """The panel of the accuracy with that of every further set (`evaluation.also`) beside it."""
+    if EVALUATION not in panel.metrics:
+        return panel
+    labels = {found[1] for name in metrics if (found := ANOTHER_SET.fullmatch(name))}
+    others = {rf"eval/{re.escape(label)}/avg@\d+": label for label in sorted(labels)}
+    return panel._replace(metrics=panel.metrics | others)
 
 
 def reading(experiments: Sequence[Experiment]) -> str:
@@ -194,7 +205,7 @@ def _curves(experiments: Sequence[Experiment], panel: Panel) -> Picture | None:
         axes.axhline(panel.mark, color=_LINE, linewidth=1, zorder=1)
     for row in range(len(experiments)):
         for metric in present:
-            style = STYLES[list(panel.metrics).index(metric)]
+            style = _style(panel, metric)
             found = fits[row, metric]
             if len(found) == 1:
                 _one(axes, found[0], experiments[row], _stand_in(row), style)
@@ -210,8 +221,12 @@ def _curves(experiments: Sequence[Experiment], panel: Panel) -> Picture | None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    legend = [(STYLES[list(panel.metrics).index(m)], panel.metrics[m]) for m in present]
+    legend = [(_style(panel, metric), panel.metrics[metric]) for metric in present]
     return Picture(panel.title, panel.note, legend if len(legend) > 1 else [], _svg(figure))
+
+
+def _style(panel: Panel, metric: str) -> str:
+    return STYLES[list(panel.metrics).index(metric) % len(STYLES)]
 
 
 def _fits(series: Series, panel: Panel) -> bool:

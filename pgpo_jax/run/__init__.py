@@ -2,11 +2,13 @@
 
 from pgpo_jax.run import reactions
 from pgpo_jax.run.checks import check_siblings
+from pgpo_jax.run.evaluation import evaluate_sets
 from pgpo_jax.run.folder import claim_folder, hold_folder, lock_folder
 from pgpo_jax.run.record import Clock, records, summarise, token_columns
 from pgpo_jax.run.session import STOPPED, Session
 from pgpo_jax.run.setup import Run, check_rows, checkpoint_folder, describe, join, load_run
 from pgpo_jax.run.updates import make_updates
+from pgpo_jax.run.warm_up import warm_up
 
 __all__ = [
     "STOPPED",
@@ -18,6 +20,7 @@ __all__ = [
     "checkpoint_folder",
     "claim_folder",
     "describe",
+    "evaluate_sets",
     "hold_folder",
     "join",
     "load_run",
@@ -27,4 +30,5 @@ __all__ = [
     "records",
     "summarise",
     "token_columns",
+    "warm_up",
 ]

@@ -1,46 +1,17 @@
 """What the parts of a run must have in common, checked before anything is computed.
 
-A model, a tokenizer, lengths and questions may each be right and still not fit together; without
-these checks a run would find out in the step that first meets the mistake, or not at all.
+A model, a tokenizer and lengths may each be right and still not fit together; without these checks
+a run would find out in the step that first meets the mistake, or not at all. The questions are
+checked in `questions.py`.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-from pgpo_jax import data
 from pgpo_jax.data import DataConfig
 from pgpo_jax.errors import InputError
 from pgpo_jax.models import ModelConfig
-from pgpo_jax.reprompt import RepromptConfig, resolve_templates, teacher_messages
+from pgpo_jax.reprompt import RepromptConfig
 from pgpo_jax.sampler import SamplingConfig
-from pgpo_jax.tasks import Question, Task
-
-
-def check_run(
-    task: Task,
-    model: ModelConfig,
-    tokenizer: Any,
-    sampling: SamplingConfig,
-    data_config: DataConfig,
-    reprompt: RepromptConfig,
-) -> None:
-    """Checks vocabulary, lengths and questions.
-
-    Args:
-      task: Its questions are tokenized, all of them where they are a list, else one.
-      model: The architecture.
-      tokenizer: The model's or the task's.
-      sampling: With the end tokens and vocabulary that the run will use.
-      data_config: Prompt limit and chat template options.
-      reprompt: The teacher's prompt limit and templates.
-
-    Raises:
-      InputError: The first that does not fit.
-    """
-    check_vocabulary(model, tokenizer, sampling)
-    check_lengths(model, sampling, data_config, reprompt)
-    for questions in (task.train, task.test):
-        check_questions(questions, tokenizer, data_config, reprompt)
 
 
 def check_siblings(sampling: SamplingConfig, reprompt: RepromptConfig) -> tuple[str, ...]:
@@ -149,46 +120,4 @@ def check_lengths(
             f"reprompt.max_length: got {reprompt.max_length}; must be at least "
             f"data.max_prompt_length = {data_config.max_prompt_length}, for the teacher's prompt "
             "holds the question and more"
-        )
-
-
-def check_questions(
-    questions: Sequence[Question],
-    tokenizer: Any,
-    data_config: DataConfig,
-    reprompt: RepromptConfig,
-) -> None:
-    """Every prompt must fit, and the longest must leave the teacher room for a demonstration."""
-    found = questions if isinstance(questions, list) else list(questions[:1])
-    if not found:
-        return
-    prompts = data.encode(
-        tokenizer,
-        [question.messages for question in found],
-        max_length=data_config.max_prompt_length,
-        template_options=data_config.template_options,
-        names=[question.key for question in found],
-    )
-    _check_repeats(found[0], tokenizer, data_config)
-    _, longest = max(zip(map(len, prompts), range(len(found)), strict=True))
-    templates = resolve_templates(reprompt)
-    data.encode(
-        tokenizer,
-        [teacher_messages(found[longest].messages, "", "", templates)],
-        max_length=reprompt.max_length - 1,
-        template_options=data_config.template_options,
-        names=[found[longest].key],
-        field="reprompt.max_length",
-    )
-
-
-def _check_repeats(question: Question, tokenizer: Any, data_config: DataConfig) -> None:
-    """A chat template must write the same prompt again, or a resumed run would ask another one."""
-    once, again = (
-        data.render(tokenizer, question.messages, data_config.template_options) for _ in range(2)
-    )
-    if once != again:
-        raise InputError(
-            f"model.path: the chat template writes question {question.key!r} in two ways; must "
-            "give the same prompt each time, so take what is random out of it"
         )

@@ -24,6 +24,15 @@ NAMES = {
 PACKAGES = ("pgpo_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
 
+def _said(part: str) -> str:
+    """What is said where a part of the content has changed."""
+    also, label, what = [*part.split("/"), "", ""][:3]
+    if also != "also":
+        return NAMES[part]
+    what = "another reward function" if what == "reward" else "other questions"
+    return f"evaluation.also: got {what} of {label}"
+
+
 def content(run: Run) -> dict[str, str]:
     """Digests of the questions and of the files that the configuration names.
 
@@ -32,6 +41,10 @@ def content(run: Run) -> dict[str, str]:
     """
     config = run.config
     found = dict(tasks.digest(run.task))
+    for each in run.held_out[1:]:
+        digests = tasks.digest(each.task)
+        del digests["train"]  # which nothing asks
+        found |= {f"also/{each.label}/{part}": value for part, value in digests.items()}
     if config.optimizer.replay is not None:
         found["replay"] = _file(config.optimizer.replay, "optimizer.replay")
     for section, path in (("model", config.model.path), ("teacher", config.teacher.path)):
@@ -42,7 +55,7 @@ def content(run: Run) -> dict[str, str]:
         largest, smallest = sharding.agree_max([number, -number])
         if largest != -smallest:
             raise InputError(
-                f"{NAMES[part]} on some hosts than on others; give all of them the same files"
+                f"{_said(part)} on some hosts than on others; give all of them the same files"
             )
     return found
 
@@ -70,12 +83,12 @@ def check_content(before: Mapping[str, str], now: Mapping[str, str], config: Con
       InputError: Something changed, and `checkpoint.accept_changes` is off.
     """
     changed = [part for part in now if before.get(part) and now[part] != before[part]]
-    told = [f"{NAMES[part].replace(': got', ' has')}" for part in changed]
+    told = [f"{_said(part).replace(': got', ' has')}" for part in changed]
     if changed and not config.checkpoint.accept_changes:
         first = changed[0]
         more = f"; so has {', '.join(changed[1:])}" if len(changed) > 1 else ""
         raise InputError(
-            f"{NAMES[first]} (digest {now[first]}) than the run in {config.output_dir} was started "
+            f"{_said(first)} (digest {now[first]}) than the run in {config.output_dir} was started "
             f"with ({before[first]}){more}: bring that back, choose another output_dir, or delete "
             "this one to start anew (--checkpoint.accept_changes true goes on all the same)"
         )

@@ -19,6 +19,7 @@ FREE |= {
     "evaluation.untrained",
     "evaluation.preflight_questions",
     "data.micro_batches",
+    "warm_start.save_every",
 }
 """Fields and sections that may change when a run is resumed: they do not change what it computes,
 but for rounding. The rest of `evaluation` may not, or its numbers could not be compared."""

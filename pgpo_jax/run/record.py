@@ -65,6 +65,7 @@ def summarise(
         "success_group_fraction": float(every["success"].reshape(-1, samples).any(-1).mean()),
         "identical_group_fraction": float(every["first"].reshape(-1, samples).all(-1).mean()),
         "context_fraction": means["context"],
+        "data/left_out": float(run.left_out.count),
         "context_shortened": float(sharding.gather_rows(shortened, jax.process_count()).sum()),
         "response_length/mean": means["length"],
         "response_length/max": float(every["length"].max()),

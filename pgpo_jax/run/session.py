@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from pgpo_jax import sharding
 from pgpo_jax.checkpoint import Checkpoints
@@ -17,9 +18,9 @@ from pgpo_jax.methods import Gate, Progress, refresh_due
 from pgpo_jax.run import reactions
 from pgpo_jax.run.compilations import count_compilations
 from pgpo_jax.run.content import check_content, content, versions
-from pgpo_jax.run.evaluation import evaluate_run
+from pgpo_jax.run.evaluation import Interrupted, evaluate_run
 from pgpo_jax.run.preview import preview
-from pgpo_jax.run.setup import Run, checkpoint_folder, describe
+from pgpo_jax.run.setup import Run, checkpoint_folder, describe, warm_start_folder
 from pgpo_jax.run.signals import stop_on_signals
 from pgpo_jax.state import TrainState
 
@@ -43,12 +44,13 @@ class Session:
         self._ending: End | None = None
         self._stopped = False
         self._gate = Gate()
+        self._warms_up = run.config.warm_start.steps > 0
         self.reacted = False
         """Whether the configuration is that after a reaction."""
 
     def __enter__(self) -> "Session":
         config = self._config
-        self._stopping = self._stack.enter_context(stop_on_signals())
+        self.stopping = self._stack.enter_context(stop_on_signals())
         self._compiled = self._stack.enter_context(count_compilations())
         self._checkpoints = self._stack.enter_context(
             Checkpoints(
@@ -87,7 +89,7 @@ class Session:
             jax.tree.map(lambda p: p.delete(), (self._run.params, self._run.teacher))
             state, saved = self._checkpoints.restore(like)
             self._resumed = int(saved["step"])
-            changes = [*changes, *self._changes_since(saved)]
+            changes = [*changes, *self.check_origin(saved)]
         # Not before: what is written since the checkpoint is dropped.
         self.writer = self._stack.enter_context(self._open_writer(saved.get("files")))
         self.writer.say(describe(self._run))
@@ -117,8 +119,12 @@ class Session:
         self._ending = None if ending and ending.code else ending  # after a failure it goes on
         return state
 
-    def _changes_since(self, saved: Mapping[str, Any]) -> list[str]:
-        """What stands in no field and changed since the checkpoint was saved, in words."""
+    def check_origin(self, saved: Mapping[str, Any]) -> list[str]:
+        """What stands in no field and changed since the checkpoint was saved, in words.
+
+        Raises:
+          InputError: That is not accepted.
+        """
         told = check_content(saved.get("content", {}), self._content, self._config)
         before = saved.get("versions", {})
         return told + [
@@ -127,6 +133,11 @@ class Session:
             if before.get(name, version) != version
         ]
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the state depends on and stands in no field; kept with every checkpoint."""
+        return {"content": self._content, "versions": self._versions}
+
     def goes_on(self, state: TrainState) -> bool:
         """Evaluates and saves where it is time; False where the run is over or was stopped."""
         self._state = state
@@ -134,15 +145,18 @@ class Session:
         done = step >= config.steps or self._ending is not None
         every = config.evaluation.every
         due = every > 0 and step != self._evaluated and (step % every == 0 or done)
-        if due and not self._stopping():
-            average = evaluate_run(self._run, state, self._key, self.writer)
-            self._checkpoints.save_best(step, state.student, average)
-            self._evaluated = step
-        self._stopped = self._stopping()
+        if due and not self.stopping():
+            with contextlib.suppress(Interrupted):
+                average = evaluate_run(self._run, state, self._key, self.writer, self.stopping)
+                self._checkpoints.save_best(step, state.student, average)
+                self._evaluated = step
+        self._stopped = self.stopping()
         ends = self._stopped or done
         self._checkpoints.check()
         if ends or (step != self._resumed and self._saves(step)):
             self._save(state)
+        if not ends:
+            self.writer.begin("train", step, config.steps)
         return not ends
 
     def refreshes_teacher(self, config: Config, step: int, row: dict[str, Any]) -> bool:
@@ -222,8 +236,18 @@ class Session:
             return
         counters = {"evaluated": self._evaluated, "watch": self._watch.state}
         counters |= {"reacted": self.reacted, "gate": self._gate, "files": sizes}
-        counters |= {"content": self._content, "versions": self._versions}
-        self._checkpoints.save(step, state, counters)
+        self._checkpoints.save(step, state, counters | self.origin)
+        if self._warms_up:
+            self._drop_warm_start()
+
+    def _drop_warm_start(self) -> None:
+        """Deletes the warm start's own checkpoints once its result is on the disk."""
+        self._checkpoints.wait("last")
+        if self._checkpoints.latest_step() is None:  # that failed
+            return
+        self._warms_up, folder = False, epath.Path(warm_start_folder(self._config))
+        if sharding.is_main() and folder.exists():
+            folder.rmtree()
 
     def _say_why(self, ending: End, step: int) -> int:
         """Why the run ends early: on the console, a failure as an error on stderr."""

@@ -14,7 +14,8 @@ from pgpo_jax.data import CLOCK
 from pgpo_jax.errors import InputError
 from pgpo_jax.models import GraphDef
 from pgpo_jax.reprompt import RepromptConfig, with_templates
-from pgpo_jax.run.checks import check_run, check_solutions
+from pgpo_jax.run.checks import check_lengths, check_solutions, check_vocabulary
+from pgpo_jax.run.questions import HeldOut, LeftOut, load_questions
 from pgpo_jax.sampler import Policy, SamplingConfig
 from pgpo_jax.tasks import Task
 
@@ -24,6 +25,7 @@ class Run(NamedTuple):
 
     config: Config
     task: Task
+    """With the questions that fit `data.max_prompt_length`."""
     policy: Policy
     """The model without its weights, the tokenizer, the devices, and how responses are drawn."""
     reprompt: RepromptConfig
@@ -37,7 +39,12 @@ class Run(NamedTuple):
     source: str = ""
     """The files that the weights are from, in words."""
     notes: tuple[str, ...] = ()
-    """What should be known of solutions and devices before the run begins, a sentence each."""
+    """What should be known of solutions, devices and questions before work begins, a sentence each.
+    """
+    left_out: LeftOut = LeftOut()
+    """Training questions that are too long."""
+    held_out: tuple[HeldOut, ...] = ()
+    """The sets of questions that evaluations ask, the task's own first."""
 
 
 def join(config: Config) -> Mesh:
@@ -69,13 +76,17 @@ def load_run(config: Config, mesh: Mesh | None = None) -> Run:
     config = _with_date(config, tokenizer)
     sampling = _complete(config, tokenizer)
     reprompt = with_templates(config.reprompt, task.templates)
-    check_run(task, model.config, tokenizer, sampling, config.data, reprompt)
+    check_vocabulary(model.config, tokenizer, sampling)
+    check_lengths(model.config, sampling, config.data, reprompt)
+    task, left_out, held_out = questions = load_questions(config, task, tokenizer, reprompt)
     policy = Policy(model.graphdef, tokenizer, mesh, sampling, config.data)
     path = config.model.path
     source = "" if path is None else hf.describe_files(path)
     axes, shapes = (f(model.config) for f in (models.param_axes, models.param_shapes))
-    notes = (*told, *sharding.describe_whole(axes, shapes, mesh))
+    whole = sharding.describe_whole(axes, shapes, mesh)
+    notes = (*told, *whole, *questions.notes(config.data))
     run = Run(config, task, policy, reprompt, model.params, source=source, notes=notes)
+    run = run._replace(left_out=left_out, held_out=held_out)
     if config.teacher.path is None:
         return run
     return _with_teacher(run, model.config.vocab_size)
@@ -142,6 +153,11 @@ def _with_teacher(run: Run, vocab_size: int) -> Run:
 def checkpoint_folder(config: Config) -> str:
     """Where the checkpoints of a run are."""
     return config.checkpoint.path or os.path.join(config.output_dir, "checkpoints")
+
+
+def warm_start_folder(config: Config) -> str:
+    """Where those of its warm start are, while that goes on."""
+    return os.path.join(checkpoint_folder(config), "warm_start")
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:

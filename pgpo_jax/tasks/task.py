@@ -238,7 +238,7 @@ class TaskConfig:
 
     def _idle(self) -> dict[str, str]:
         """Fields that would be read by nothing, and why."""
-        names = {entry.name for entry in fields(self)}
+        names = {entry.name for entry in fields(TaskConfig)}
         common = {"name", "reward", "reward_limit", "train_questions", "test_questions"}
         read = {
             "addition": common | {"seed"},

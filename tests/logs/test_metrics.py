@@ -1,5 +1,6 @@
 """The files a run leaves, what goes to trackers, and what its user reads."""
 
+import itertools
 import json
 import math
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from pgpo_jax import fields
 from pgpo_jax.errors import InputError
-from pgpo_jax.logs import MetricsConfig, Writer
+from pgpo_jax.logs import Console, MetricsConfig, Writer
 
 EVERY_LINE = MetricsConfig(log_seconds=0)
 
@@ -301,3 +302,81 @@ def test_the_section_is_read_from_yaml():
     assert config == MetricsConfig(trackers=("wandb", "trackio"), log_seconds=1.0)
     with pytest.raises(InputError, match=r"metrics\.samples_shown: got -1"):
         MetricsConfig(samples_shown=-1)
+
+
+# ---- progress in a log ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log(capsys):
+    """A console whose clock stands still, and `log(seconds)`: its lines so many seconds later."""
+    now = [0.0]
+    with Console(10.0, clock=lambda: now[0]) as console:
+
+        def after(seconds):
+            now[0] += seconds
+            console.beat()
+            return capsys.readouterr().out.splitlines()
+
+        yield console, after
+
+
+def test_a_log_hears_of_a_long_step_within_half_a_minute_and_then_every_minute(log):
+    console, after = log
+    console.begin("warm start", 0, 8)
+    assert after(20) == []
+    assert after(9) == ["warm start 0/8: 0:00:29 in the next"]
+    assert after(30) == []
+    assert after(29) == ["warm start 0/8: 0:01:28 in the next"]
+    console.progress("warm start", 1, 8, {"loss": 2.0})  # the first may compile
+    assert after(40) == []
+    console.progress("warm start", 2, 8, {"loss": 1.5})
+    assert after(0) == ["warm start 2/8: loss 1.5000, 40 s a step, 0:04:00 left"]
+    assert after(59) == ["warm start 2/8: 0:00:59 in the next, 40 s a step, 0:03:01 left"]
+    console.progress("warm start", 8, 8, {"loss": 1.0})
+    assert after(0) == ["warm start 8/8: loss 1.0000"]
+    assert after(300) == []  # nothing goes on
+
+
+def test_a_short_evaluation_is_not_heard_of_and_a_long_one_says_how_far_it_is(log):
+    console, after = log
+    console.begin("train", 3, 9)
+    for done in (0, 64, 128):
+        console.progress("evaluation", done, 128)
+        assert after(4) == []
+    for done in (0, 64, 128, 192):
+        console.progress("evaluation", done, 192)
+        after(8)
+    for done in (0, 64):
+        console.progress("evaluation", done, 192)
+        assert after(20) == (["evaluation 64/192: 0:00:40 left"] if done else [])
+    console.progress("evaluation", 192, 192)
+    assert after(61) == ["train 3/9: 0:02:25 in the next"]  # which the evaluation was part of
+
+
+def test_lines_of_others_and_a_longer_pause_that_was_asked_for_are_enough(log, capsys):
+    console, after = log
+    console.begin("train", 0, 9)
+    after(24)
+    console.say("something else")
+    assert after(20) == ["something else"]
+    with Console(3600.0, clock=itertools.count(0.0, 1000.0).__next__) as quiet:
+        quiet.begin("train", 0, 9)
+        quiet.beat()
+    assert capsys.readouterr().out == ""
+
+
+def test_the_line_of_an_evaluation_names_the_metric_that_was_asked_for_and_every_set(
+    tmp_path, capsys
+):
+    with Writer(tmp_path, EVERY_LINE, total_steps=3) as writer:
+        row = {"eval/avg@4": 0.25, "eval/avg@4/low": 0.1, "eval/pass@4": 0.5, "eval/format": 1.0}
+        writer.write(0, {**row, "eval/far/avg@4": 0.125, "eval/far/avg@4/low": 0.0})
+        writer.evaluation(0, [0.25], {"far": [0.0, 0.25]})
+        writer.write(0, {"warm_start/left_out": 3.0}, ["3 left out"])
+    assert capsys.readouterr().out.splitlines() == [
+        "step 0: avg@4 25.0% pass@4 50.0% well-formed 100% far avg@4 12.5%",
+        "warning: step 0: 3 left out",
+    ]
+    (asked,) = read(tmp_path / "evaluations.jsonl")
+    assert asked == {"step": 0, "rewards": [0.25], "also": {"far": [0.0, 0.25]}}

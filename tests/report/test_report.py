@@ -108,6 +108,21 @@ class Page(HTMLParser):
 # ---- what it holds -------------------------------------------------------------------------------
 
 
+def test_the_accuracy_on_a_further_set_is_drawn_beside_the_first(write):
+    folder = write()
+    with (Path(folder) / "metrics.jsonl").open("a") as file:
+        for step in (0, 6):
+            counts = {"eval/far/questions": 2.0, "eval/far/left_out": 0.0}
+            row = {"step": step, "eval/far/avg@16": 0.5, "eval/far/avg@16/low": 0.4}
+            file.write(json.dumps({**row, **counts}) + "\n")
+    drawn = figures.sections(reader.experiments(reader.read_runs([folder])))
+    accuracy = drawn["Learning"][0]
+    assert accuracy.title == "Held-out accuracy"
+    assert accuracy.legend == [("solid", "avg@k"), ("dashed", "far")]
+    rest = [picture.title for picture in drawn.get(figures.EVERYTHING_ELSE, [])]
+    assert not [title for title in rest if title.startswith("eval/")]
+
+
 def test_a_run_becomes_a_page_with_its_curves_numbers_and_configuration(write):
     page = Page(
         report.report([write(samples=[sample(tokens=list("abcd"), divergence=DIVERGENCE)])])

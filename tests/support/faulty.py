@@ -23,6 +23,7 @@ PLACES = {
     "metrics": ("pgpo_jax.logs.writer", "Writer.write"),
     "samples": ("pgpo_jax.logs.writer", "Writer.samples"),
     "evaluation": ("pgpo_jax.evaluation", "verify"),
+    "held-out batch": ("pgpo_jax.evaluation", "rollout"),
     "best": ("pgpo_jax.checkpoint", "Checkpoints.save_best"),
     "save": ("pgpo_jax.checkpoint", "Checkpoints.save"),
     "commit": ("os", "rename"),
