@@ -261,6 +261,7 @@ def test_the_evaluate_command_scores_the_newest_student(write, tmp_path, capsys)
     assert rows(tmp_path / "run" / "metrics.jsonl")[-2]["data/left_out"] == 0
     said = capsys.readouterr().out
     assert "warning: 1 of 3 held-out questions of far are left out: their prompts have more" in said
+    assert "addition: 1,000,000 questions, 256 held out + 2 of far (train " in said
     over = "1 of 3 held-out questions of far are left out as over-long: averages are over 2"
     assert f"warning: step 1: {over}" in said
     assert re.search(r"step 1: avg@16 .* far avg@16 ", said)

@@ -12,6 +12,7 @@ from pgpo_jax.errors import InputError
 from pgpo_jax.models import ModelConfig
 from pgpo_jax.reprompt import RepromptConfig
 from pgpo_jax.sampler import SamplingConfig
+from pgpo_jax.tasks import Task
 
 
 def check_siblings(sampling: SamplingConfig, reprompt: RepromptConfig) -> tuple[str, ...]:

@@ -180,13 +180,15 @@ def check_rows(config: Config, mesh: Mesh) -> None:
 def describe(run: Run) -> str:
     """What is trained, on what, in one line."""
     content = ", ".join(f"{part} {digest}" for part, digest in tasks.digest(run.task).items())
+    also = "".join(f" + {len(s.task.test):,} of {s.label}" for s in run.held_out[1:])
     size = sum(leaf.size for leaf in jax.tree.leaves(run.params))
     mesh = run.policy.mesh
     shape = " x ".join(f"{name} {count}" for name, count in mesh.shape.items())
     device = mesh.devices.flat[0].device_kind
     updates, steps = run.config.data.updates, run.config.steps
+    held_out = f"{len(run.task.test):,} held out{also}"
     return (
-        f"{run.task.name}: {len(run.task.train):,} questions, {len(run.task.test):,} held out "
-        f"({content}); {size:,} parameters on {mesh.size} {device} ({shape}); "
+        f"{run.task.name}: {len(run.task.train):,} questions, {held_out} ({content}); "
+        f"{size:,} parameters on {mesh.size} {device} ({shape}); "
         + (f"{steps} updates" if updates == 1 else f"{steps} steps of {updates} updates")
     )

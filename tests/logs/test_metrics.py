@@ -159,6 +159,9 @@ def test_a_terminal_gets_a_bar_and_a_table(tmp_path, capsys, monkeypatch):
     with Writer(tmp_path, MetricsConfig(samples_shown_every=1), total_steps=2) as writer:
         writer.progress("warm start", 5, 10, {"loss": 0.5})
         for step in (1, 2):
+            for done in (0, 2, 4):  # a bar that comes and goes
+                writer.progress("evaluation", done, 4)
+            writer.begin("train", step - 1, 2)
             writer.write(step, {"loss": 0.25})
             writer.samples(step, [sample(f"[red]{step}+1="), sample("7+1=", 0.0)])
         writer.warn("rewards are flat")
