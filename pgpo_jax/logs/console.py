@@ -118,8 +118,8 @@ class Console:
                 since = state.begun if state.said is None else state.said
                 due = state.first < done < total and now - since >= self._log_seconds
             else:
-                first = state.said is None or done >= total
-                due = first or now - state.said >= self._log_seconds
+                ends = state.said is None or done >= total
+                due = ends or now - (state.said or 0.0) >= self._log_seconds
             if due:
                 state.said = now
                 text = [summary(row)] if row else []
