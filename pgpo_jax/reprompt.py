@@ -289,7 +289,8 @@ def reprompt(
       neither demonstration nor feedback has `has_context` False and the original prompt.
 
     Raises:
-      InputError: if not even one character of a demonstration or feedback fits the limit.
+      InputError: if not even one character of a demonstration or feedback fits the limit, or
+        `source` needs solutions and there are none.
     """
     shown = _what_is_shown(policy, questions, rollouts, outcomes, rng, config, solution)
     has_context = np.array([row.demonstration is not None or row.feedback != "" for row in shown])
@@ -365,7 +366,9 @@ def _what_is_shown(
     rewards = [[outcome.reward for outcome in group] for group in outcomes]
     chosen = choose_demonstrations([q.key for q in questions], rewards, rng, config)
     given: list[str | None] = [None] * len(questions)
-    if config.source != "sibling" and solution is not None:
+    if config.source != "sibling":
+        if solution is None:
+            raise InputError(f"reprompt.source: got {config.source}; the task gives no solutions")
         given = [solution(question) for question in questions]
     shown = []
     for question, group in enumerate(outcomes):

@@ -134,6 +134,13 @@ def test_a_demonstration_is_from_where_the_source_says(source, shown):
             )
 
 
+def test_a_source_without_solutions_is_refused():
+    with pytest.raises(
+        InputError, match=r"reprompt\.source: got both; the task gives no solutions"
+    ):
+        contexts([question("Q")], [["a", "b"]], [[0.0, 1.0]], source="both")
+
+
 def test_feedback_is_for_those_whom_no_solution_is_shown_either():
     questions, feedback = [question("Q"), question("P")], [["F0"], ["F1"]]
     result = contexts(

@@ -377,15 +377,6 @@ def test_grpo_skips_a_batch_in_which_every_group_has_one_reward():
     assert measured["loss"] == 0
 
 
-def test_a_fixed_advantage_learns_from_groups_of_one_reward_too():
-    control = ObjectiveConfig(distillation=0.0, policy=1.0, advantage="low_probability")
-    _, step, state, mesh = setup(objective=control)
-    same = REWARDED[0]._replace(group=group_statistics([[0.0] * SAMPLES, [1.0] * SAMPLES]))
-    _, measured = step(state, place(same, mesh))
-    assert measured["skipped"] == 0
-    assert measured["update_norm"] > 0
-
-
 @pytest.mark.parametrize("samples", [2, 4])
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 0.7])
 def test_equal_fractional_rewards_are_exactly_nothing_to_learn(samples, reward):

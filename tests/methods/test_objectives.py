@@ -14,6 +14,7 @@ from pgpo_jax import data, fused, losses, sharding
 from pgpo_jax.data.batch import to_mean_1, to_rows
 from pgpo_jax.methods import ObjectiveConfig, make_objective, objective
 from pgpo_jax.methods.objective import Policy
+from pgpo_jax.objective import Responses
 
 TOKENS, EMBED, VOCAB = 24, 6, 20
 RNG = np.random.default_rng(0)
@@ -146,6 +147,17 @@ def test_low_probability_punishes_unlikely_tokens_alone_whatever_the_rewards_say
         lambda x: jnp.sum(objective.policy_terms(x, None, AT_ARGMAX, POLICY, config))
     )(LOG_PROBS)
     np.testing.assert_allclose(gradient, unlikely.astype(float), rtol=1e-6)  # likelier is worse
+
+
+@pytest.mark.parametrize(("advantage", "learned"), [("low_probability", True), ("group", False)])
+def test_a_fixed_advantage_learns_from_groups_of_one_reward_too(advantage, learned):
+    group = objective.group_statistics([[1.0, 1.0], [0.0, 0.0]])
+    nobody = jnp.zeros(4, bool)
+    responses = Responses(jnp.full(4, 3), nobody, jax.tree.map(jnp.asarray, group))
+    chosen = make_objective(ObjectiveConfig(distillation=0.0, policy=1.0, advantage=advantage))
+    weights, learns = chosen.weights(responses, jnp.int32(0), "sequence_mean")
+    assert bool(learns) == learned
+    np.testing.assert_allclose(weights.policy.weights, 1 / 12, rtol=1e-6)
 
 
 def test_the_router_sends_every_row_at_most_one_way():
