@@ -436,7 +436,7 @@ def _loss(
         if config.advantage == "contrast":
             policy = policy._replace(with_wrong=forward.score(forward.teacher("wrong")))
     loss, terms = forward.distill(student, teacher, distillation, policy)
-    if terms.policy is not None:
+    if terms.policy is not None and terms.clipped is not None:
         measured["loss/policy"] = weighted_sum(terms.policy, policy.weights)
         measured["clip_fraction"] = weighted_sum(terms.clipped, policy.shares)
     if weights.rehearsal is not None:
