@@ -251,22 +251,23 @@ def bytes_per_parameter(setup: Setup) -> dict[str, dict[str, float]]:
     params, state = abstract_params(setup), None
     count = sum(x.size for x in jax.tree.leaves(params))
 
-    def each(tree: Any) -> float:
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / count
+    def size(tree: Any) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     found: dict[str, dict[str, float]] = {}
     for name in OPTIMIZERS:
         for dtype in ("float32", "bfloat16"):
             chosen = OptimizerConfig(name=name, moments_dtype=dtype)  # pyright: ignore[reportArgumentType]
             state = abstract_train_state(params, make_optimizer(chosen))
-            moments: dict[str, float] = {}
+            moments: dict[str, int] = {}
             for path, leaf in jax.tree.leaves_with_path(state.opt_state):
                 fields = [entry.name for entry in path if hasattr(entry, "name")]
                 if leaf.ndim and (kind := fields[-1]) in MOMENTS:
-                    moments[kind] = moments.get(kind, 0.0) + each(leaf)
-            found[f"{name}, {dtype}"] = moments
+                    moments[kind] = moments.get(kind, 0) + size(leaf)
+            found[f"{name}, {dtype}"] = {kind: total / count for kind, total in moments.items()}
     assert state is not None
-    return {"state": {"student": each(state.student), "teacher": each(state.teacher)}} | found
+    both = {"student": size(state.student) / count, "teacher": size(state.teacher) / count}
+    return {"state": both} | found
 
 
 def cache_bytes(setup: Setup) -> int:
