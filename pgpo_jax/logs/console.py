@@ -117,9 +117,10 @@ class Console:
             if state.counts:
                 since = state.begun if state.said is None else state.said
                 due = state.first < done < total and now - since >= self._log_seconds
+            elif state.said is None or done >= total:
+                due = True
             else:
-                first = state.said is None or done >= total
-                due = first or now - state.said >= self._log_seconds
+                due = now - state.said >= self._log_seconds
             if due:
                 state.said = now
                 text = [summary(row)] if row else []
@@ -230,7 +231,7 @@ class _Phase:
             return []
         seconds = (self.heard - self.started) / (self.done - self.first)
         left = max(seconds * (self.total - self.done) - (now - self.heard), 0)
-        pace = [] if self.counts else [f"{seconds:.2g} s a step"]
+        pace = [] if self.counts else [f"{seconds:.{2 if seconds < 99 else 3}g} s a step"]
         return [*pace, f"{_duration(left)} left"]
 
 

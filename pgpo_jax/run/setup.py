@@ -180,6 +180,6 @@ def describe(run: Run) -> str:
     device = mesh.devices.flat[0].device_kind
     held_out = f"{len(run.task.test):,} held out{also}"
     return (
-        f"{run.task.name}: {len(run.task.train):,} questions, {held_out} ({content}); {size:,} parameters on {mesh.size} {device} ({shape}); "
-        f"{run.config.steps} updates"
+        f"{run.task.name}: {len(run.task.train):,} questions, {held_out} ({content}); "
+        f"{size:,} parameters on {mesh.size} {device} ({shape}); {run.config.steps} updates"
     )
