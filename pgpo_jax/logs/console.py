@@ -231,8 +231,8 @@ class _Phase:
             return []
         seconds = (self.heard - self.started) / (self.done - self.first)
         left = max(seconds * (self.total - self.done) - (now - self.heard), 0)
-        pace = [] if self.counts else [f"{seconds:.{2 if seconds < 99 else 3}g} s a step"]
-        return [*pace, f"{_duration(left)} left"]
+        shown = f"{seconds:.2g}" if seconds < 99 else f"{seconds:.0f}"
+        return [*([] if self.counts else [f"{shown} s a step"]), f"{_duration(left)} left"]
 
 
 def _make_progress(console: RichConsole) -> Progress:
