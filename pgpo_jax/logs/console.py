@@ -117,9 +117,10 @@ class Console:
             if state.counts:
                 since = state.begun if state.said is None else state.said
                 due = state.first < done < total and now - since >= self._log_seconds
+            elif state.said is None or done >= total:
+                due = True
             else:
-                ends = state.said is None or done >= total
-                due = ends or now - (state.said or 0.0) >= self._log_seconds
+                due = now - state.said >= self._log_seconds
             if due:
                 state.said = now
                 text = [summary(row)] if row else []
@@ -230,8 +231,8 @@ class _Phase:
             return []
         seconds = (self.heard - self.started) / (self.done - self.first)
         left = max(seconds * (self.total - self.done) - (now - self.heard), 0)
-        pace = [] if self.counts else [f"{seconds:.2g} s a step"]
-        return [*pace, f"{_duration(left)} left"]
+        shown = f"{seconds:.2g}" if seconds < 99 else f"{seconds:.0f}"
+        return [*([] if self.counts else [f"{shown} s a step"]), f"{_duration(left)} left"]
 
 
 def _make_progress(console: RichConsole) -> Progress:

@@ -21,18 +21,15 @@ def warm_up(run: Run, session: Session) -> Any:
       RunError: The state could not be saved at the signal.
     """
     config, saving = run.config.warm_start, run.config.checkpoint
-    folder, writer, before = warm_start_folder(run.config), session.writer, None
+    folder, writer = warm_start_folder(run.config), session.writer
     with Checkpoints(folder, keep=saving.keep, on_failure=saving.on_failure) as checkpoints:
         now = begun = _begin(run, session, checkpoints)
         writer.begin("warm start", now.steps, config.steps)
         policy, seed = run.policy, run.config.seed
         for now in warm_start(policy, begun, run.task, config, run.reprompt, seed):
-            # The loss of the step before, but for the last: this step may still be going on.
-            last = now.steps == config.steps
-            loss, before = now.loss if last or before is None else before, now.loss
-            row = {} if loss is None else {"loss": float(loss)}
+            row = {} if now.loss is None else {"loss": float(now.loss)}  # waits for the step
             writer.progress("warm start", now.steps, config.steps, row)
-            stops = not last and session.stopping()
+            stops = now.steps < config.steps and session.stopping()
             if stops or (config.save_every and now.steps % config.save_every == 0):
                 counted = {"left_out": now.left_out, "longest": now.longest}
                 checkpoints.save(now.steps, now.state, {**session.origin, **counted})
