@@ -23,6 +23,8 @@ class Stream(enum.IntEnum):
     """The demonstrations of a step."""
     WARM_START = 1_000_006
     """The worked examples of a supervised step."""
+    ADAPTERS = 1_000_011
+    """The first adapters, folded into the key of the parameters."""
 
 
 def key(seed: int, stream: Stream, *place: int) -> Array:

@@ -71,7 +71,8 @@ def train(config: Config) -> int:
             batch = _make_batch(run, questions, rollouts, outcomes, shown)
             clock.lap("reprompt")
             updates = int(information_state(state.opt_state).count)
-            state, measured = train_step(state, sharding.to_global(batch, run.policy.mesh))
+            placed = sharding.to_global(batch, run.policy.mesh)
+            state, measured = train_step(state, placed, run.policy.frozen)
             # Nothing is gained by fetching one step late: the next answers need this student.
             divergence = _take_divergence(run, measured, batch)
             row = {name: float(value) for name, value in jax.device_get(measured).items()}

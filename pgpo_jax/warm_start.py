@@ -57,7 +57,7 @@ def warm_start(
 
     Args:
       policy: The model, its tokenizer, the options of the prompts, the mesh.
-      params: The model's parameters; donated.
+      params: The model's trained parameters; donated.
       task: Its `examples` are the worked examples.
       config: Steps, batch, rate.
       reprompt: How a demonstration stands in the prompt, the same as for the teacher.
@@ -75,8 +75,8 @@ def warm_start(
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, config.steps // 10, config.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
 
-    def loss_fn(params, rows):
-        model = merge(policy.graphdef, params)
+    def loss_fn(params, frozen, rows):
+        model = merge(policy.graphdef, params, frozen)
         prompts, prompt_mask, responses, mask = rows
         tokens, whole = (
             jnp.concatenate(pair, 1) for pair in ((prompts, responses), (prompt_mask, mask))
@@ -93,8 +93,8 @@ def warm_start(
         return jnp.sum(jax.lax.map(row_loss, (hidden, responses, mask), batch_size=64)) / mask.sum()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, rows):
-        loss, grads = jax.value_and_grad(loss_fn)(params, rows)
+    def step(params, opt_state, frozen, rows):
+        loss, grads = jax.value_and_grad(loss_fn)(params, frozen, rows)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
@@ -103,7 +103,7 @@ def warm_start(
         rng = keys.generator(seed, keys.Stream.WARM_START, index)
         rows = _encode(policy, task.examples(rng, config.examples_per_step), reprompt)
         rows = sharding.to_global(rows, policy.mesh)
-        params, opt_state, loss = step(params, opt_state, rows)
+        params, opt_state, loss = step(params, opt_state, policy.frozen, rows)
         if index % 50 == 49 or index + 1 == config.steps:
             report(index + 1, float(loss))
     return params

@@ -16,9 +16,9 @@ from pgpo_jax.evaluation import (
     within_training,
 )
 from pgpo_jax.logs import Writer
-from pgpo_jax.models import GraphDef
 from pgpo_jax.reprompt import resolve_templates, teacher_messages
 from pgpo_jax.run.setup import Run
+from pgpo_jax.sampler import Policy
 from pgpo_jax.state import TrainState
 from pgpo_jax.tasks import Question
 
@@ -40,8 +40,10 @@ def evaluate_run(run: Run, state: TrainState, key: jax.Array, writer: Writer) ->
     metrics, answered = evaluate(run.policy, state.student, run.task, key, config, threshold)
     if config.teacher_questions and run.task.demonstration:
         questions = run.task.test[: config.teacher_questions]
-        graphdef = run.teacher_graphdef or run.policy.graphdef
-        accuracy = _accuracy(run, (graphdef, state.teacher), key, questions, shown=True)
+        policy = run.policy
+        if run.teacher_graphdef is not None:  # another model, without the student's adapters
+            policy = policy._replace(graphdef=run.teacher_graphdef, frozen=None)
+        accuracy = _accuracy(run, (policy, state.teacher), key, questions, shown=True)
         metrics["eval/teacher_with_demonstration"] = accuracy
     metrics["time/evaluate"] = time.perf_counter() - started
     if step == 0 and config.preflight_questions and run.task.demonstration:
@@ -65,15 +67,14 @@ def evaluate_run(run: Run, state: TrainState, key: jax.Array, writer: Writer) ->
 
 def _accuracy(
     run: Run,
-    model: tuple[GraphDef, Any],
+    model: tuple[Policy, Any],
     key: jax.Array,
     questions: Sequence[Question],
     *,
     shown: bool,
 ) -> float:
     """Mean reward on some questions, with or without a right answer in the prompt."""
-    graphdef, params = model
-    policy = within_training(run.policy._replace(graphdef=graphdef))
+    policy, params = within_training(model[0]), model[1]
     if shown:
         policy = policy.with_limit("reprompt.max_length", run.reprompt.max_length)
     templates, demonstration = resolve_templates(run.reprompt), run.task.demonstration
@@ -94,7 +95,7 @@ def _accuracy(
 def _preflight(run: Run, student: Any, key: jax.Array, writer: Writer) -> dict[str, float]:
     """Whether the model can use a demonstration: without that its teacher knows no more than it."""
     questions = run.task.test[: run.config.evaluation.preflight_questions]
-    model = (run.policy.graphdef, student)
+    model = (run.policy, student)
     plain = _accuracy(run, model, key, questions, shown=False)
     helped = _accuracy(run, model, key, questions, shown=True)
     writer.say(

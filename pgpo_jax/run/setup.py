@@ -25,11 +25,12 @@ class Run(NamedTuple):
     config: Config
     task: Task
     policy: Policy
-    """The model without its weights, the tokenizer, the devices, and how responses are drawn."""
+    """The model without its trained weights, the tokenizer, the devices, and how responses are
+    drawn."""
     reprompt: RepromptConfig
     """How the teacher's prompts are made, with the task's own templates."""
     params: Any
-    """The student's weights."""
+    """The student's trained weights."""
     teacher_graphdef: GraphDef | None = None
     """The teacher's model, where it is another one (`teacher.path`)."""
     teacher: Any = None
@@ -69,11 +70,12 @@ def load_run(config: Config, mesh: Mesh | None = None) -> Run:
     sampling = _complete(config, tokenizer)
     reprompt = with_templates(config.reprompt, task.templates)
     check_run(task, model.config, tokenizer, sampling, config.data, reprompt)
-    policy = Policy(model.graphdef, tokenizer, mesh, sampling, config.data)
+    policy = Policy(model.graphdef, tokenizer, mesh, sampling, config.data, frozen=model.frozen)
     path = config.model.path
     source = "" if path is None else hf.describe_files(path)
-    axes, shapes = (f(model.config) for f in (models.param_axes, models.param_shapes))
-    notes = tuple(sharding.describe_whole(axes, shapes, mesh))
+    axes, shapes = models.param_axes(model.config), model.frozen or model.params
+    whole = sharding.describe_whole(axes, shapes, mesh, frozen=model.frozen is not None)
+    notes = (*whole, *hf.adapter_notes(config.model.lora, path))
     run = Run(config, task, policy, reprompt, model.params, source=source, notes=notes)
     if config.teacher.path is None:
         return run
@@ -121,7 +123,9 @@ def _complete(config: Config, tokenizer: Any) -> SamplingConfig:
 def _with_teacher(run: Run, vocab_size: int) -> Run:
     """The run with another model as its teacher."""
     config, tokenizer = run.config, run.policy.tokenizer
-    section = dataclasses.replace(config.model, path=config.teacher.path, architecture=None)
+    section = dataclasses.replace(
+        config.model, path=config.teacher.path, architecture=None, lora=models.OFF
+    )
     key = jax.random.key(0)  # a checkpoint draws nothing
     teacher = hf.from_section(section, run.policy.mesh, key)
     if teacher.tokenizer is not None and teacher.tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -159,12 +163,15 @@ def check_rows(config: Config, mesh: Mesh) -> None:
 def describe(run: Run) -> str:
     """What is trained, on what, in one line."""
     content = ", ".join(f"{part} {digest}" for part, digest in tasks.digest(run.task).items())
-    size = sum(leaf.size for leaf in jax.tree.leaves(run.params))
-    mesh = run.policy.mesh
+    mesh, frozen = run.policy.mesh, run.policy.frozen
+    trained, whole = (
+        sum(x.size for x in jax.tree.leaves(tree)) for tree in (run.params, (run.params, frozen))
+    )
+    size = f"{whole:,} parameters" + (f", {trained:,} of them trained adapters," if frozen else "")
     shape = " x ".join(f"{name} {count}" for name, count in mesh.shape.items())
     device = mesh.devices.flat[0].device_kind
     return (
         f"{run.task.name}: {len(run.task.train):,} questions, {len(run.task.test):,} held out "
-        f"({content}); {size:,} parameters on {mesh.size} {device} ({shape}); "
+        f"({content}); {size} on {mesh.size} {device} ({shape}); "
         f"{run.config.steps} updates"
     )
