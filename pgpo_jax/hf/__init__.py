@@ -1,6 +1,6 @@
 """Hugging Face checkpoints in and out, and GGUF files in."""
 
-from pgpo_jax.hf.adapters import adapter_notes, load_adapters, save_adapters
+from pgpo_jax.hf.adapters import TENSORS, adapter_notes, load_adapters, save_adapters
 from pgpo_jax.hf.content import content
 from pgpo_jax.hf.files import ADAPTER, describe_files
 from pgpo_jax.hf.load import Model, ModelSection, from_section, load, load_config
@@ -9,6 +9,7 @@ from pgpo_jax.hf.tokenizer import end_tokens, load_tokenizer, turn_end
 
 __all__ = [
     "ADAPTER",
+    "TENSORS",
     "Model",
     "ModelSection",
     "adapter_notes",

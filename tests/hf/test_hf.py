@@ -248,7 +248,9 @@ def test_a_section_states_a_checkpoint_or_an_architecture(golden):
 
     folder = golden("qwen3")
     make_tokenizer().save_pretrained(folder)
-    graphdef, params, _, tokenizer, _ = hf.from_section(hf.ModelSection(path=str(folder)), mesh, key)
+    graphdef, params, _, tokenizer, _ = hf.from_section(
+        hf.ModelSection(path=str(folder)), mesh, key
+    )
     assert_equal(params, hf.load(folder)[1])
     assert tokenizer.eos_token_id == 2
 
