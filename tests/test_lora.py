@@ -25,21 +25,23 @@ LORA = LoraConfig(rank=3, alpha=6.0)
 OPTIMIZER = make_optimizer(OptimizerConfig(1.0, learning_rate=1e-2, warmup_steps=0, eps=1e-3))
 
 
-def updated(mesh=(1, 1, 1), micro_batches=1, packing="never", teacher=AVERAGE):
+def updated(mesh=(1, 1, 1), micro_batches=1, packing="never", teacher=AVERAGE, external=False):
     """First state, base, last state and the measurements of every update, all on the host."""
     mesh = sharding.make_mesh(sharding.MeshConfig(*mesh))
     options = Options(dtype=jnp.float32, lora=LORA)
     graphdef, base = models.init(CONFIG, options, jax.random.key(0), mesh, jnp.bfloat16)
     base = jax.tree.map(lambda x: 10 * x if x.ndim > 2 else x, base)
     adapters = models.init_adapters(CONFIG, LORA, jax.random.key(1), mesh)
+    another = jax.tree.map(lambda x: x.astype(jnp.float32), base) if external else None
     step = make_train_step(
         graphdef,
         OPTIMIZER,
         fused.Options(DistillationConfig(top_k=None, chunk_size=8), (), 22),
-        train_state_shardings(adapters, OPTIMIZER),
+        train_state_shardings(adapters, OPTIMIZER, another),
         teacher_config=teacher,
+        teacher_graphdef=models.make_graphdef(CONFIG, Options(jnp.float32)) if external else None,
     )
-    state = init_train_state(adapters, OPTIMIZER)
+    state = init_train_state(adapters, OPTIMIZER, another)
     (first, before), measured = jax.device_get((state, base)), []
     for batch in BATCHES[:2]:
         state, found = step(state, place(batch, mesh, micro_batches, packing), base)
@@ -96,6 +98,19 @@ def test_every_teacher_follows_in_its_adapters(refresh):
     expected = first.teacher if refresh in ("frozen", "trust_region") else last.student
     jax.tree.map(np.testing.assert_array_equal, last.teacher, expected)
     assert all(np.isfinite(row["loss"]) for row in measured)
+
+
+@pytest.mark.slow
+def test_another_model_may_teach_adapters_and_has_none_itself():
+    """The base as that model: before the first update it says what a frozen teacher would."""
+    frozen = TeacherConfig(refresh="frozen")
+    _, expected, own = updated(teacher=frozen)
+    _, state, other = updated(teacher=frozen, external=True)
+    for name in ("loss", "information", "grad_norm"):
+        np.testing.assert_allclose([row[name] for row in other], [row[name] for row in own], 1e-4)
+    assert "teacher_student_distance" not in other[0]
+    assert state.teacher.keys() == {"embed_tokens", "layers", "norm"}
+    assert expected.teacher.keys() == {"layers"}
 
 
 # ---- whole runs ----------------------------------------------------------------------------------
