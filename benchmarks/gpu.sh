@@ -46,6 +46,8 @@ run parity 120 env JAX_DEFAULT_MATMUL_PRECISION=highest \
   "$python" benchmarks/train_step.py --preset tiny --repeats 3 --save
 run train_step_smollm2_135m 180 "$python" benchmarks/train_step.py --preset smollm2_135m --save
 run train_step_qwen3_1.7b 300 "$python" benchmarks/train_step.py --preset qwen3_1.7b --save
+run lora_qwen3_1.7b 240 "$python" benchmarks/train_step.py \
+  --preset qwen3_1.7b --lora-rank 16 --rows 8 --remat full --save
 run train_step_qwen3_0.6b 200 "$python" benchmarks/train_step.py --preset qwen3_0.6b --save
 run fused_pass 240 "$python" benchmarks/fused_pass.py --save
 run step_overhead 100 "$python" benchmarks/step_overhead.py --save

@@ -14,7 +14,9 @@ update needs at least
     6 P (student tokens) + 2 P (teacher tokens) + 8 (vocab x embed) (response tokens) + attention
 
 operations, P without the embedding, and MFU is that, over the time, over the device's peak: that of
-`pgpo_jax.plan.chips`, or on a CPU the rate of one large float32 product measured here. Tokens are
+`pgpo_jax.plan.chips`, or on a CPU the rate of one large float32 product measured here. With
+`--lora-rank` nobody needs the gradients of the frozen matrices (2 P) and of the output matrix; then
+PyTorch and the parts are left out. Tokens are
 those of the student's sequences, prompt and response.
 
 On a CPU most of the temporary memory is touched for the first time in every update; with pages of
@@ -29,6 +31,7 @@ import argparse
 import dataclasses
 import functools
 import gc
+import math
 import os
 import statistics
 import tempfile
@@ -41,11 +44,11 @@ import optax
 from flax import nnx
 from support import cases, measure
 
-from pgpo_jax import fused, hf, sharding
+from pgpo_jax import fused, hf, models, sharding
 from pgpo_jax.data import Batch, Examples
 from pgpo_jax.data.batch import response_hidden
 from pgpo_jax.losses import DistillationConfig
-from pgpo_jax.models import decoder
+from pgpo_jax.models import LoraConfig, decoder
 from pgpo_jax.optimizer import OptimizerConfig, make_optimizer, scale_by_information
 from pgpo_jax.plan import chips
 from pgpo_jax.state import init_train_state, train_state_shardings
@@ -89,17 +92,23 @@ SETTINGS = OptimizerConfig(warmup_steps=0)
 DISTILLATION = DistillationConfig(top_k=100)
 
 
-def model_flops(config: decoder.ModelConfig, preset: Preset) -> float:
+def model_flops(config: decoder.ModelConfig, preset: Preset, lora: LoraConfig) -> float:
     """Operations that an update cannot do without: no optimizer, nothing computed again."""
     shapes = decoder.param_shapes(config)["layers"]
     matrices = sum(x.size for x in jax.tree.leaves(shapes) if len(x.shape) > 2)
+    added, frozen = 0, 0
+    if lora.rank:
+        leaves = models.adapter_leaves(config, lora)["layers"].values()
+        added, frozen = sum(math.prod(leaf.shape) for leaf in leaves), matrices
+    matrices += added
     student = preset.prompt + preset.response
     teacher = student + preset.feedback
     width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     per_row = (
         6 * matrices * student
         + 2 * matrices * teacher
-        + 8 * config.vocab_size * config.hidden_size * preset.response
+        - 2 * frozen * student
+        + (6 if lora.rank else 8) * config.vocab_size * config.hidden_size * preset.response
         + 6 * width * student**2
         + 2 * width * teacher**2
     )
@@ -191,11 +200,16 @@ def parts(graphdef, params, batch: Batch, optimizer, distillation: DistillationC
 def with_params(preset: Preset, mesh, options: decoder.Options):
     """A model of random weights whose embedding is 3 times as large as at a usual start.
 
-    Logits then have a deviation near 1 and both sides differ by more than rounding.
+    Logits then have a deviation near 1 and both sides differ by more than rounding. The last of
+    what is returned are the parameters beside adapters, None without these.
     """
-    config = decoder.ModelConfig.from_hf(preset.shape)
-    graphdef, params = decoder.init(config, options, jax.random.key(0), mesh)
-    return config, graphdef, {**params, "embed_tokens": 3 * params["embed_tokens"]}
+    config, lora = decoder.ModelConfig.from_hf(preset.shape), options.lora
+    dtype = lora.base_dtype if lora.rank else jnp.float32
+    graphdef, params = decoder.init(config, options, jax.random.key(0), mesh, dtype)
+    params = {**params, "embed_tokens": 3 * params["embed_tokens"]}
+    if not lora.rank:
+        return config, graphdef, params, None
+    return config, graphdef, models.init_adapters(config, lora, jax.random.key(1), mesh), params
 
 
 def make_peer(folder, preset: Preset, examples: Examples, threads: int | None):
@@ -226,6 +240,7 @@ def main() -> None:
     parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
     parser.add_argument("--unroll", action="store_true", help="layers written out")
     parser.add_argument("--chunk-size", type=int, default=DISTILLATION.chunk_size)
+    parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank")
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--no-parts", action="store_true")
     parser.add_argument("--save", action="store_true", help="keep the result under results/")
@@ -237,9 +252,10 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1))
-    options = decoder.Options(dtype=preset.dtype, remat=args.remat, unroll=args.unroll)
-    config, graphdef, params = with_params(preset, mesh, options)
-    flops, (peak, peak_source) = model_flops(config, preset), peak_flops()
+    lora = LoraConfig(rank=args.lora_rank)
+    options = decoder.Options(dtype=preset.dtype, remat=args.remat, unroll=args.unroll, lora=lora)
+    config, graphdef, params, frozen = with_params(preset, mesh, options)
+    flops, (peak, peak_source) = model_flops(config, preset, lora), peak_flops()
     sizes = {
         "rows": preset.rows,
         "prompt": preset.prompt,
@@ -250,7 +266,9 @@ def main() -> None:
     distillation = dataclasses.replace(DISTILLATION, chunk_size=args.chunk_size)
 
     peer, absent = None, "left out by --no-torch"
-    if not args.no_torch:
+    if lora.rank:
+        absent, args.no_parts = "left out with --lora-rank", True
+    elif not args.no_torch:
         with tempfile.TemporaryDirectory() as folder:
             hf.save(folder, graphdef, params)
             peer, absent = make_peer(folder, preset, examples, threads)
@@ -282,13 +300,13 @@ def main() -> None:
     # The parts need the parameters again; the update's are donated.
     state = init_train_state(jax.tree.map(jnp.copy, params), optimizer)
     start = time.perf_counter()
-    compiled = step.lower(state, on_mesh).compile()
+    compiled = step.lower(state, on_mesh, frozen).compile()
     compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
 
     def jax_call():
         nonlocal state
-        state, measured = compiled(state, on_mesh)
+        state, measured = compiled(state, on_mesh, frozen)
         losses["pgpo_jax"].append(float(measured["loss"]))
         return state
 
@@ -348,7 +366,8 @@ def main() -> None:
         "remat": args.remat,
         "unroll": args.unroll,
         "chunk_size": args.chunk_size,
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "parameters": sum(x.size for x in jax.tree.leaves((params, frozen))),
+        "lora_rank": lora.rank,
         "repeats": args.repeats,
         "threads": threads,
         "seconds_per_step": wall["pgpo_jax"],
@@ -385,6 +404,7 @@ def main() -> None:
         "peers": peer_versions,
     }
     name = f"train_step_{args.preset}_{jax.default_backend()}"
+    name += f"_lora_{lora.rank}" if lora.rank else ""
     name += "" if args.threads is None else f"_{threads}_threads"
     measure.finish(name, result, args.save)
 

@@ -93,6 +93,11 @@ class Config:
                         "objective.policy, whose ratio to the sampler's probabilities would stay "
                         "below 1 wherever tokens were left out, clipped without a gradient"
                     )
+        if self.optimizer.name == "muon" and self.model.lora.rank:
+            raise InputError(
+                f"optimizer.name: got muon with model.lora.rank = {self.model.lora.rank}; it is "
+                "for the layers' projections, which adapters leave as they are: choose another"
+            )
         if self.alarms.reaction == "refresh_teacher" and self.teacher.path is not None:
             raise InputError(
                 "alarms.reaction: got refresh_teacher; the teacher is another model "

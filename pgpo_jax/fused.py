@@ -102,6 +102,13 @@ class Options:
     without gradient -> logits. None: the teacher's."""
 
 
+class _Wanted(NamedTuple):
+    """Which gradients a pass takes."""
+
+    hidden: bool = False
+    head: bool = False
+
+
 class _Rows(NamedTuple):
     """The inputs that have one row per token and get no gradient."""
 
@@ -122,7 +129,8 @@ def distill(
     The loss is the sum over tokens of weight * importance weight * divergence, plus that of the
     policy gradient's terms by their own weights, where there is one. Its gradient goes to the
     student's two arrays. Products take the hidden states' dtype and sum in float32; logits and
-    everything after them are float32. Where only the value is wanted, no gradient is computed.
+    everything after them are float32. Where only the value is wanted, no gradient is computed, nor
+    that of a head which nobody differentiates, such as one that is frozen beside adapters.
 
     Args:
       student: Its head's gradient sums in float32.
@@ -147,25 +155,27 @@ def distill(
     measure = functools.partial(token_terms, options=options)
     walk = functools.partial(_walk, measure=measure, options=options)
 
-    def run(hidden, head, teacher_head, rows, with_gradient: bool):
+    def run(hidden, head, teacher_head, rows, wanted: _Wanted):
         heads = head.astype(hidden.dtype), teacher_head.astype(rows.teacher_hidden.dtype)
-        terms, d_hidden, d_head = walk(hidden, rows, heads, with_gradient=with_gradient)
+        terms, d_hidden, d_head = walk(hidden, rows, heads, wanted=wanted)
         loss = jnp.sum(_token_loss(terms, rows.tokens))
         return (loss, terms), (d_hidden, jax.tree.map(lambda x: x.astype(head.dtype), d_head))
 
     @jax.custom_vjp
     def vocabulary_pass(*inputs):
-        return run(*inputs, with_gradient=False)[0]
+        return run(*inputs, wanted=_Wanted())[0]
 
     def forward(*inputs):
-        return run(*inputs, with_gradient=True)
+        wanted = _Wanted(hidden=True, head=inputs[1].perturbed)
+        return run(*jax.tree.map(lambda primal: primal.value, inputs), wanted=wanted)
 
     def backward(gradients, cotangents):
         scale, _ = cotangents
-        d_hidden, d_head = (scale.astype(gradient.dtype) * gradient for gradient in gradients)
+        d_hidden, d_head = jax.tree.map(lambda d: scale.astype(d.dtype) * d, gradients)
         return d_hidden, d_head, None, None
 
-    vocabulary_pass.defvjp(forward, backward)
+    # With `symbolic_zeros` an input says whether anything is differentiated with respect to it.
+    vocabulary_pass.defvjp(forward, backward, symbolic_zeros=True)
     tokens = tokens._replace(weights=tokens.weights.astype(jnp.float32))
     rows = _Rows(teacher.hidden, tokens, plain)
     loss, terms = vocabulary_pass(*student, *jax.lax.stop_gradient((teacher.head, rows)))
@@ -184,7 +194,7 @@ def score(side: Side, tokens: Int[Array, " tokens"], options: Options) -> Float[
     rows = _Rows(hidden, Tokens(tokens, jnp.zeros(tokens.shape)))
     # Nothing reads the second side's logits, so the compiler leaves them out.
     return _walk(
-        hidden, rows, (head, head), measure=token_log_probs, options=options, with_gradient=False
+        hidden, rows, (head, head), measure=token_log_probs, options=options, wanted=_Wanted()
     )[0]
 
 
@@ -299,18 +309,18 @@ def logits(
     return jnp.einsum("cd,vd->cv", hidden, head, preferred_element_type=jnp.float32)
 
 
-def _walk(hidden, rows: _Rows, heads, *, measure, options: Options, with_gradient: bool):
+def _walk(hidden, rows: _Rows, heads, *, measure, options: Options, wanted: _Wanted):
     """Every device walks over its own tokens, with its part of the vocabulary in sight.
 
     Returns:
-      The terms, and the gradients for `hidden` and the student's head (None without gradient).
+      The terms, and the gradients for `hidden` and the student's head (None if not wanted).
     """
     mesh = options.mesh
     over_chunks = functools.partial(
         _over_chunks,
         measure=measure,
         chunk_size=options.config.chunk_size,
-        with_gradient=with_gradient,
+        wanted=wanted,
     )
     count, (vocab, embed) = hidden.shape[0], heads[0].shape
     if mesh is None or mesh.size == 1:
@@ -354,7 +364,7 @@ def _walk(hidden, rows: _Rows, heads, *, measure, options: Options, with_gradien
     return *jax.tree.map(lambda x: x[:count], per_token), d_head
 
 
-def _over_chunks(hidden, rows: _Rows, heads, *, measure, chunk_size, with_gradient, vocab_shards):
+def _over_chunks(hidden, rows: _Rows, heads, *, measure, chunk_size, wanted, vocab_shards):
     """Returns as `_walk`; the head's gradient is `[vocab_shards, vocab / vocab_shards, embed]`."""
     student_head, teacher_head = heads
     count, (vocab, embed) = hidden.shape[0], student_head.shape
@@ -378,7 +388,7 @@ def _over_chunks(hidden, rows: _Rows, heads, *, measure, chunk_size, with_gradie
             terms = measure(student, teacher, tokens, plain_logits=plain)
             return _token_loss(terms, tokens), terms
 
-        if not with_gradient:
+        if not wanted.hidden:
             return None, (measure(student, teacher, tokens, plain_logits=plain), None)
         loss, gradient_of, terms = jax.vjp(token_loss, student, has_aux=True)
         (d_logits,) = gradient_of(jnp.ones_like(loss))
@@ -394,11 +404,12 @@ def _over_chunks(hidden, rows: _Rows, heads, *, measure, chunk_size, with_gradie
             student_head,
             preferred_element_type=jnp.float32,
         )
-        d_head = _keep(_add_product(d_head, d_logits, hidden, block), tensor)
+        if wanted.head:
+            d_head = _keep(_add_product(d_head, d_logits, hidden, block), tensor)
         return d_head, (terms, d_hidden.astype(hidden.dtype))
 
     d_head = None
-    if with_gradient:
+    if wanted.head:
         d_head = _keep(jnp.zeros((vocab_shards, vocab // vocab_shards, embed)), tensor)
     d_head, per_chunk = jax.lax.scan(step, d_head, jax.tree.map(split, (hidden, rows)))
     per_token = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], per_chunk)

@@ -25,6 +25,8 @@ class Stream(enum.IntEnum):
     """The worked examples of a supervised step."""
     MINI_BATCHES = 1_000_007
     """The order of a step's questions in a pass over its rollout."""
+    ADAPTERS = 1_000_011
+    """The first adapters, folded into the key of the parameters."""
 
 
 def key(seed: int, stream: Stream, *place: int) -> Array:

@@ -22,7 +22,7 @@ from pgpo_jax.data import (
     to_tokens,
 )
 from pgpo_jax.fused import Side, Terms
-from pgpo_jax.models import GraphDef, merge
+from pgpo_jax.models import GraphDef, Params, join, merge
 from pgpo_jax.objective import SDPO, Forward, Objective, weighted_sum
 from pgpo_jax.optimizer import information_state
 from pgpo_jax.state import TrainState
@@ -61,32 +61,33 @@ def make_train_step(
       teacher_graphdef: The teacher's model where it is another one, of the same vocabulary.
 
     Returns:
-      `(state, batch, steps=1) -> (state, measurements)`; the state is donated, and `steps` is 0 for
-      all but the last of several updates of one step of the run. Measurements are float32
-      scalars in the units of their definitions (nats per response token), and `token_divergence`,
-      that of every token in the shape of the batch's `responses`; outside the response mask it may
-      be anything.
+      `(state, batch, frozen=None, steps=1) -> (state, measurements)`; the state is donated, the
+      parameters `frozen` beside adapters are not, and `steps` is 0 for all but the last of several
+      updates of one step of the run. Measurements are float32 scalars in the units of their
+      definitions (nats per response token), and `token_divergence`, that of every token in the
+      shape of the batch's `responses`; outside the response mask it may be anything.
     """
     mesh, aggregation = shardings.step.mesh, options.config.aggregation
     hooks = {"policy_terms": objective.policy_terms, "target": objective.target}
     options = dataclasses.replace(options, mesh=mesh, **hooks)
     models = graphdef, teacher_graphdef or graphdef
 
-    def loss_fn(student, teacher, batch: Batch, weights):
+    def loss_fn(student, teacher, frozen, batch: Batch, weights):
         weights = jax.tree.map(_flat, weights)
-        forward = _forward((student, teacher), models, batch, options, teacher_config)
+        whole = join(student, frozen), join(teacher, frozen if teacher_graphdef is None else None)
+        forward = _forward(whole, models, batch, options, teacher_config)
         loss, terms, measured = objective.loss(forward, weights["loss"])
         measured |= _measure(terms, weights, batch, options) | {"loss": loss}
         return loss, (measured, terms.divergence.reshape(batch.responses.shape))
 
-    def train_step(state: TrainState, batch: Batch, steps: Any = 1):
+    def train_step(state: TrainState, batch: Batch, frozen: Params | None = None, steps: Any = 1):
         weights, learns = _weights(objective, batch, state.step, aggregation)
-        grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.student, state.teacher)
-        count = micro_batches(batch, mesh)
-        grads, (measured, divergence) = _accumulate(grad_fn, (batch, weights), count, mesh)
+        params = state.student, state.teacher, frozen
+        grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), *params)
+        grads, (measured, divergence) = _accumulate(grad_fn, batch, weights, mesh)
         grad_norm = optax.tree.norm(grads)
-        numbers = (measured["loss"], measured["information"], grad_norm)
-        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, numbers))
+        numbers = jnp.stack([measured["loss"], measured["information"], grad_norm])
+        finite = jnp.all(jnp.isfinite(numbers))
 
         def update(state: TrainState):
             updates, opt_state = optimizer.update(
@@ -126,7 +127,7 @@ def make_train_step(
 
 def make_score(
     graphdef: GraphDef, options: fused.Options, mesh: Mesh
-) -> Callable[[Any, Batch], Float[Array, "part token"]]:
+) -> Callable[..., Float[Array, "part token"]]:
     """Builds the jitted forward pass that gives the log-probs of a batch's response tokens.
 
     Args:
@@ -135,13 +136,13 @@ def make_score(
       mesh: Where the batch is.
 
     Returns:
-      `(student, batch) -> log-probs`, nats, in the shape of the batch's `responses`.
+      `(student, batch, frozen=None) -> log-probs`, nats, in the shape of the batch's `responses`.
     """
     options = dataclasses.replace(options, mesh=mesh)
 
     @jax.jit
-    def score(student, batch: Batch):
-        model = merge(graphdef, student)
+    def score(student, batch: Batch, frozen: Params | None = None):
+        model = merge(graphdef, student, frozen)
 
         def over(part: Batch):
             side = Side(response_hidden(model, part, "student"), model.head())
@@ -230,9 +231,10 @@ def _measure(
     }
 
 
-def _accumulate(grad_fn: Callable[..., Any], whole: Any, count: int, mesh: Mesh) -> Any:
+def _accumulate(grad_fn: Callable[..., Any], batch: Batch, weights: Any, mesh: Mesh) -> Any:
     """Gradients and measurements summed over micro-batches, whose weights were fixed on the whole
     batch; and the divergence of every token."""
+    count, whole = micro_batches(batch, mesh), (batch, weights)
     if count == 1:
         return grad_fn(*whole)
 

@@ -119,7 +119,7 @@ def warm_start(
         counted = now.left_out + over, max(now.longest, longest)
         if over < len(examples):
             rows = sharding.to_global(rows, policy.mesh)
-            params, opt_state, loss = step(*now.state, rows)
+            params, opt_state, loss = step(*now.state, policy.frozen, rows)
             now = Supervised(index + 1, WarmState(params, opt_state), loss, *counted)
         elif now.left_out == index * len(examples):  # nor did any before
             raise InputError(
@@ -137,8 +137,8 @@ def _make_step(
 ) -> Callable[..., tuple[Any, Any, Any]]:
     """One supervised step; parameters and optimizer state are donated."""
 
-    def loss_fn(params, rows):
-        model = merge(policy.graphdef, params)
+    def loss_fn(params, frozen, rows):
+        model = merge(policy.graphdef, params, frozen)
         prompts, prompt_mask, responses, mask = rows
         tokens, whole = (
             jnp.concatenate(pair, 1) for pair in ((prompts, responses), (prompt_mask, mask))
@@ -155,8 +155,8 @@ def _make_step(
         return jnp.sum(jax.lax.map(row_loss, (hidden, responses, mask), batch_size=64)) / mask.sum()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, rows):
-        loss, grads = jax.value_and_grad(loss_fn)(params, rows)
+    def step(params, opt_state, frozen, rows):
+        loss, grads = jax.value_and_grad(loss_fn)(params, frozen, rows)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 

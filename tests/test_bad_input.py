@@ -455,6 +455,19 @@ def test_a_bad_command_line_is_refused(given, expected, refused):
             "model.path: got a tokenizer with token 15 for a model of 8 tokens (vocab_size); they "
             "must belong together",
         ),
+        "adapters of a rank that no matrix has": (
+            {"model": {"lora": {"rank": 17}}},
+            "model.lora.rank: got 17; must be at most 16, the smaller side of q_proj",
+        ),
+        "an adapter of what is no projection": (
+            {"model": {"lora": {"rank": 2, "targets": ["lm_head"]}}},
+            "model.lora.targets[0]: got 'lm_head'; must be one of q_proj, k_proj, v_proj, o_proj, "
+            "gate_proj, up_proj, down_proj",
+        ),
+        "adapters from nowhere": (
+            {"model": {"lora": {"rank": 2, "path": "nowhere"}}},
+            "model.lora.path: got nowhere; must be a folder with adapter_config.json",
+        ),
         "an evaluation without questions": (
             {"task": {"test_questions": 0}, "evaluation": {"every": 1}},
             "evaluation.every: got 1, but addition has no held-out question; set it to 0, or give "

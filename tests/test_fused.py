@@ -373,6 +373,27 @@ def test_the_value_alone_does_no_work_for_gradients():
     assert value.cost_analysis()["flops"] < 0.7 * both.cost_analysis()["flops"]
 
 
+def test_a_head_that_nobody_differentiates_costs_no_gradient():
+    inputs = make_inputs(512, 64)
+    hidden = inputs.pop("student_hidden")
+    config = losses.DistillationConfig(top_k=7, chunk_size=16)
+
+    def gradient(hidden):
+        return jax.grad(lambda hidden: distill(hidden, **inputs, config=config)[0])(hidden)
+
+    found = jax.jit(gradient).lower(hidden).compile()
+    assert found.as_text().count(" dot(") == 3  # logits of both, and the gradient of one
+    (expected, _) = jax.jit(
+        jax.grad(
+            lambda hidden, head: distill(hidden, **inputs | {"student_head": head}, config=config)[
+                0
+            ],
+            argnums=(0, 1),
+        )
+    )(hidden, inputs["student_head"])
+    assert_same(found(hidden), expected)
+
+
 def test_one_compilation_serves_every_batch_of_a_shape():
     traces = []
 

@@ -76,8 +76,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / ADAPTER).is_file():  # transformers would load another model, and this on top of it
         raise InputError(
-            f"model.path: got {folder}, which has an {ADAPTER}; adapters are not applied, so "
-            "merge it into its model and save that, or remove the file if it is merged already"
+            f"model.path: got {folder}, which has an {ADAPTER}; give the model that it adapts, and "
+            "the folder as model.lora.path, or remove the file if it is merged already"
         )
     config = folder / "config.json"
     stated = read_json(config).get("transformers_weights") if config.is_file() else None
@@ -162,7 +162,7 @@ def folder(path: str | Path, patterns: list[str]) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, field: str = "model.path") -> dict[str, Any]:
     """A JSON object.
 
     Raises:
@@ -172,10 +172,10 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"model.path: got {path}, which cannot be read ({one_line(error)}); must be JSON"
+            f"{field}: got {path}, which cannot be read ({one_line(error)}); must be JSON"
         ) from error
     if not isinstance(value, dict):
-        raise InputError(f"model.path: got {path} with a {type(value).__name__}; must be an object")
+        raise InputError(f"{field}: got {path} with a {type(value).__name__}; must be an object")
     return value
 
 

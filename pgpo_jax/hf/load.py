@@ -19,13 +19,14 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Key
 
-from pgpo_jax import models, sharding
+from pgpo_jax import keys, models, sharding
 from pgpo_jax.errors import InputError, require
 from pgpo_jax.hf import files
+from pgpo_jax.hf.adapters import load_adapters
 from pgpo_jax.hf.files import Tensor, read_json
 from pgpo_jax.hf.names import DTYPES, NAMES, entries, groups, layer_name
 from pgpo_jax.hf.tokenizer import load_tokenizer
-from pgpo_jax.models import GraphDef, Leaf, ModelConfig, Options
+from pgpo_jax.models import GraphDef, Leaf, LoraConfig, ModelConfig, Options, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ModelSection:
     architecture: dict[str, Any] | None = None
     """Instead of `path`: a config.json written out here; the weights are random."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the computation; parameters are float32 in any case."""
+    """Type of the computation; what is trained is float32 in any case."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass computes again: nothing, everything, or all but matrix products."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -47,6 +48,8 @@ class ModelSection:
     reduce_dtype: Literal["bfloat16", "float32"] | None = None
     """Type in which the gradients of a layer's matrices are summed over devices (FSDP's
     `reduce_dtype`); null: that of the computation. float32 doubles what they move."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    """Low-rank adapters that are trained in the model's place; off by default."""
 
     def __post_init__(self):
         require(
@@ -65,6 +68,7 @@ class ModelSection:
             attention=self.attention,
             unroll=self.unroll,
             reduce_dtype=self.reduce_dtype,
+            lora=self.lora,
         )
 
 
@@ -72,11 +76,13 @@ class Model(NamedTuple):
     """A model that a run states."""
 
     graphdef: GraphDef
-    params: dict[str, Any]
-    """float32."""
+    params: Params
+    """What is trained, float32: all parameters, or the adapters."""
     config: ModelConfig
     tokenizer: Any
     """None for a stated architecture, whose task brings its own."""
+    frozen: Params | None = None
+    """The parameters beside adapters, of `lora.base_dtype`; None where all are trained."""
 
 
 def from_section(section: ModelSection, mesh: Mesh | None, key: Key[Array, ""]) -> Model:
@@ -85,19 +91,32 @@ def from_section(section: ModelSection, mesh: Mesh | None, key: Key[Array, ""]) 
     Args:
       section: The config section `model`.
       mesh: Where the parameters live.
-      key: For random weights.
+      key: For random weights and adapters.
 
     Raises:
       InputError: Neither `path` nor `architecture` is stated, or they cannot be used.
     """
+    lora, options, tokenizer = section.lora, section.options(), None
+    dtype = jnp.dtype(lora.base_dtype if lora.rank else "float32")
     if section.architecture is not None:
         config = ModelConfig.from_hf(section.architecture, strict=True)
-        return Model(*models.init(config, section.options(), key, mesh), config, None)
-    if section.path is None:
+        graphdef, params = models.init(config, options, key, mesh, dtype)
+    elif section.path is not None:
+        config = load_config(section.path)  # what may be wrong comes first, the weights take long
+        if lora.rank:
+            models.adapter_leaves(config, lora)
+        tokenizer = load_tokenizer(section.path)
+        graphdef, params = load(section.path, mesh=mesh, options=options, param_dtype=dtype)
+    else:
         raise InputError("model.path: got null; state a checkpoint, or model.architecture")
-    config = load_config(section.path)  # what may be wrong comes first, the weights take long
-    tokenizer = load_tokenizer(section.path)
-    return Model(*load(section.path, mesh=mesh, options=section.options()), config, tokenizer)
+    if not lora.rank:
+        return Model(graphdef, params, config, tokenizer)
+    if lora.path is not None:
+        adapters = load_adapters(config, lora, mesh)
+    else:
+        own = jax.random.fold_in(key, keys.Stream.ADAPTERS)
+        adapters = models.init_adapters(config, lora, own, mesh)
+    return Model(graphdef, adapters, config, tokenizer, params)
 
 
 def load(
@@ -106,6 +125,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: Any = jnp.bfloat16,
     options: Options | None = None,
+    param_dtype: Any = jnp.float32,
 ) -> tuple[GraphDef, dict[str, Any]]:
     """Reads a checkpoint of any supported architecture.
 
@@ -113,8 +133,9 @@ def load(
       path: A folder with config.json and safetensors (one file or several), or the name of a model
         on the Hugging Face hub, which is downloaded into its cache.
       mesh: The parameters are read straight into their shards on it; None: the default device.
-      dtype: Type of the computation; parameters are float32.
+      dtype: Type of the computation.
       options: More about the computation; then `dtype` is not read.
+      param_dtype: Type of the parameters.
 
     Returns:
       `graphdef` and `params`, for `models.merge(graphdef, params)(tokens)`.
@@ -137,7 +158,8 @@ def load(
         where = sharding.shardings(models.param_axes(config), shapes, mesh)
 
     def stack(name: str, leaf: Leaf, place: Any, names: Callable[[int], str]) -> Array:
-        return _stack(leaf, place, groups(name, leaf), lambda layer: tensors[names(layer)])
+        stored = leaf, groups(name, leaf), jnp.dtype(param_dtype)
+        return _stack(stored, place, lambda layer: tensors[names(layer)])
 
     table = models.leaves(config)
     layers = {
@@ -163,12 +185,12 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def _stack(
-    leaf: Leaf,
+    stored: tuple[Leaf, tuple[tuple[int, ...], ...], np.dtype],
     where: jax.sharding.Sharding,
-    groups: tuple[tuple[int, ...], ...],
     tensor: Callable[[int], Tensor],
 ) -> jax.Array:
-    """One parameter, float32, every shard read by itself."""
+    """One parameter, by its leaf, groups of axes and type, every shard read by itself."""
+    leaf, groups, dtype = stored
     stacked = leaf.axes[0] == "layer"
     order = tuple(itertools.chain(*groups))
     inverse = tuple(order.index(axis) for axis in range(len(order)))
@@ -189,7 +211,7 @@ def _stack(
         full = index or (slice(None),) * len(leaf.shape)
         spans = tuple(part.indices(size)[:2] for part, size in zip(full, leaf.shape, strict=True))
         if spans not in shards:  # copies on other devices are read once
-            out = np.empty([stop - start for start, stop in spans], np.float32)
+            out = np.empty([stop - start for start, stop in spans], dtype)
             if stacked:
                 for layer in range(*spans[0]):
                     out[layer - spans[0][0]] = one(layer, spans[1:])

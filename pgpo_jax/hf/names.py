@@ -50,7 +50,7 @@ def groups(name: str, leaf: Leaf) -> tuple[tuple[int, ...], ...]:
     """
     axes = tuple(range(len(leaf.shape) - (leaf.axes[0] == "layer")))
     if name.endswith("_proj"):
-        inputs = 2 if name == "o_proj" else 1
+        inputs = models.inputs(name)
         return axes[inputs:], axes[:inputs]
     if name in ("embed_tokens", "lm_head"):
         return (0,), (1,)

@@ -1,8 +1,8 @@
 """One decoder for Qwen3, Qwen2, Llama 3 / SmolLM2 and OLMo 2 / 3, driven by their `config.json`.
 
 Layers are stacked `[layer, ...]` and scanned, so that compile time does not grow with depth.
-Parameters are float32, the computation runs in `Options.dtype`; norms, rotations, softmax and
-logits are float32.
+Parameters are float32 (those that are frozen beside adapters may be bfloat16), the computation runs
+in `Options.dtype`; norms, rotations, softmax and logits are float32.
 """
 
 import dataclasses
@@ -22,11 +22,22 @@ from pgpo_jax.errors import InputError
 from pgpo_jax.models import rope
 from pgpo_jax.models.architecture import ModelConfig
 from pgpo_jax.models.attention import Kernel, attend, attend_cached
+from pgpo_jax.models.lora import OFF, LoraConfig, adapter_leaves, adapter_names
+from pgpo_jax.models.parameters import (
+    Leaf,
+    Params,
+    inputs,
+    join,
+    leaves,
+    map_leaves,
+    param_axes,
+    param_shapes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to compute, which does not change what is computed."""
+    """How to compute, which does not change what is computed; and with which adapters."""
 
     dtype: Any = jnp.bfloat16
     """Type of the computation; parameters keep theirs. The gradients of a layer's matrices are
@@ -41,6 +52,9 @@ class Options:
     reduce_dtype: Any = None
     """Type in which the gradients of a layer's matrices leave a device and are summed over devices,
     as FSDP's of that name; None: the type of the computation."""
+    lora: LoraConfig = OFF
+    """The adapters beside the projections, parameters of the model too. With any, its other
+    parameters are frozen, and no gradient of theirs is computed."""
     mesh: Mesh | None = None
     """Where rows and heads are split; set by `init` and `hf.load`."""
 
@@ -68,68 +82,10 @@ class Cache(NamedTuple):
     positions: Int[Array, "row column"]  # of the token in a column; -1 = empty
 
 
-class Leaf(NamedTuple):
-    """One parameter: its shape and the logical names of its axes (`sharding.RULES`)."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-
-
-def leaves(config: ModelConfig) -> dict[str, Any]:
-    """The parameters: one table gives shapes, axes, initial values and checkpoint names."""
-    c, arch = config, config.architecture
-    depth, hidden, inner = c.num_hidden_layers, c.hidden_size, c.intermediate_size
-    heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    layer: dict[str, Leaf] = {
-        "q_proj": Leaf((hidden, heads, width), ("embed", "heads", None)),
-        "k_proj": Leaf((hidden, kv_heads, width), ("embed", "kv_heads", None)),
-        "v_proj": Leaf((hidden, kv_heads, width), ("embed", "kv_heads", None)),
-        "o_proj": Leaf((heads, width, hidden), ("heads", None, "embed")),
-        "gate_proj": Leaf((hidden, inner), ("embed", "mlp")),
-        "up_proj": Leaf((hidden, inner), ("embed", "mlp")),
-        "down_proj": Leaf((inner, hidden), ("mlp", "embed")),
-        "post_attention_layernorm": Leaf((hidden,), (None,)),
-    }
-    layer["post_feedforward_layernorm" if arch.post_norm else "input_layernorm"] = Leaf(
-        (hidden,), (None,)
-    )
-    if arch.qkv_bias:
-        layer["q_bias"] = Leaf((heads, width), ("heads", None))
-        layer["k_bias"] = layer["v_bias"] = Leaf((kv_heads, width), ("kv_heads", None))
-    if arch.qk_norm == "head":
-        layer["q_norm"] = layer["k_norm"] = Leaf((width,), (None,))
-    elif arch.qk_norm == "full":
-        layer["q_norm"] = Leaf((heads, width), ("heads", None))
-        layer["k_norm"] = Leaf((kv_heads, width), ("kv_heads", None))
-    tree: dict[str, Any] = {
-        "embed_tokens": Leaf((c.vocab_size, hidden), ("vocab", "embed")),
-        "layers": {
-            name: Leaf((depth, *leaf.shape), ("layer", *leaf.axes)) for name, leaf in layer.items()
-        },
-        "norm": Leaf((hidden,), (None,)),
-    }
-    if not c.tie_word_embeddings:
-        tree["lm_head"] = Leaf((c.vocab_size, hidden), ("vocab", "embed"))
-    return tree
-
-
-def _map_leaves(function: Callable[[str, Leaf], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: function(name, item) if isinstance(item, Leaf) else _map_leaves(function, item)
-        for name, item in tree.items()
-    }
-
-
-def param_axes(config: ModelConfig) -> dict[str, Any]:
-    """Logical axis names of every parameter, in the structure of the parameters."""
-    return _map_leaves(lambda _, leaf: leaf.axes, leaves(config))
-
-
-def param_shapes(config: ModelConfig) -> dict[str, Any]:
-    """`jax.ShapeDtypeStruct` (float32) of every parameter, in the structure of the parameters."""
-    return _map_leaves(
-        lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), leaves(config)
-    )
+def _table(config: ModelConfig, options: Options) -> dict[str, Any]:
+    """The parameters of a model with its adapters."""
+    adapters = adapter_leaves(config, options.lora) if options.lora.rank else None
+    return join(leaves(config), adapters)
 
 
 def _initial(name: str, leaf: Leaf, key: Array) -> Array:
@@ -147,8 +103,9 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, options: Options = Options(), *, rngs: nnx.Rngs):
         self.config = config
         self.options = options
-        values = _map_leaves(
-            lambda name, leaf: nnx.Param(_initial(name, leaf, rngs.params())), leaves(config)
+        values = map_leaves(
+            lambda name, leaf: nnx.Param(_initial(name, leaf, rngs.params())),
+            _table(config, options),
         )
         self.embed_tokens = values["embed_tokens"]
         self.layers = nnx.data(values["layers"])
@@ -328,7 +285,7 @@ class Decoder(nnx.Module):
             x = _norm(x, weights["input_layernorm"], eps)
         out = []
         for name in "qkv":
-            y = self._product(x, weights[f"{name}_proj"])
+            y = self._product(x, weights, f"{name}_proj")
             if arch.qkv_bias:
                 y = _add_bias(y, weights[f"{name}_bias"])
             if arch.qk_norm != "none" and name != "v":
@@ -340,18 +297,30 @@ class Decoder(nnx.Module):
     def _finish(self, weights: Mapping[str, Array], x: Array, attended: Array) -> Array:
         """The rest of a layer: output projection, residuals, feed-forward."""
         arch, eps = self.config.architecture, self.config.rms_norm_eps
-        y = self._product(attended, weights["o_proj"], 2)
+        y = self._product(attended, weights, "o_proj")
         if arch.post_norm:
             y = _norm(y, weights["post_attention_layernorm"], eps)
         x = x + y
         y = x if arch.post_norm else _norm(x, weights["post_attention_layernorm"], eps)
-        gate, up = (self._product(y, weights[f"{name}_proj"]) for name in ("gate", "up"))
-        y = self._product(_gated(gate, up), weights["down_proj"])
+        gate, up = (self._product(y, weights, f"{name}_proj") for name in ("gate", "up"))
+        y = self._product(_gated(gate, up), weights, "down_proj")
         if arch.post_norm:
             y = _norm(y, weights["post_feedforward_layernorm"], eps)
         return _constrain(x + y, ("row", None, None), self.options.mesh)
 
-    def _product(self, x: Array, weight: Array, axes: int = 1) -> Array:
+    def _product(self, x: Array, weights: Mapping[str, Array], name: str) -> Array:
+        """x times a projection, with its adapter's product, in the type of the computation."""
+        lora, axes = self.options.lora, inputs(name)
+        if not lora.rank:
+            return self._trained_product(x, weights[name], axes)
+        # Not `_product`, whose backward pass computes the gradient of either operand.
+        y = jnp.tensordot(x, weights[name].astype(x.dtype), axes)
+        if name not in lora.targets:
+            return y
+        a, b = (weights[adapter] for adapter in adapter_names(name))
+        return y + self._trained_product(lora.scale * self._trained_product(x, a, axes), b, 1)
+
+    def _trained_product(self, x: Array, weight: Array, axes: int) -> Array:
         """x times a float32 matrix, in the type of the computation."""
         options = self.options
         if options.reduce_dtype is None:  # the gradient is of the type of what is multiplied
@@ -493,9 +462,10 @@ GraphDef = nnx.GraphDef
 """The static part of a model: all but its parameters."""
 
 
-def merge(graphdef: GraphDef, params: Any) -> Decoder:
-    """The model that computes with `params`, traced or real; nothing is copied."""
-    return nnx.merge(graphdef, params)
+def merge(graphdef: GraphDef, params: Params, frozen: Params | None = None) -> Decoder:
+    """The model that computes with `params`, traced or real, and what is `frozen` beside them;
+    nothing is copied."""
+    return nnx.merge(graphdef, join(params, frozen))
 
 
 def make_graphdef(config: ModelConfig, options: Options = Options()) -> GraphDef:
@@ -505,18 +475,26 @@ def make_graphdef(config: ModelConfig, options: Options = Options()) -> GraphDef
 
 
 def init(
-    config: ModelConfig, options: Options, key: Array, mesh: Mesh | None = None
-) -> tuple[GraphDef, dict[str, Any]]:
+    config: ModelConfig,
+    options: Options,
+    key: Array,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+) -> tuple[GraphDef, Params]:
     """A model with random weights, made where they will live: no device holds more than its shards.
 
-    The values do not depend on the mesh.
+    The values do not depend on the mesh. Adapters (`options.lora`) are not among them: they come
+    from `lora.init_adapters`, and what is made here is frozen beside them.
     """
     table = leaves(config)
 
-    def make(key: Array) -> dict[str, Any]:
+    def make(key: Array) -> Params:
         count = iter(range(1_000_000))
-        return _map_leaves(
-            lambda name, leaf: _initial(name, leaf, jax.random.fold_in(key, next(count))), table
+        return map_leaves(
+            lambda name, leaf: _initial(name, leaf, jax.random.fold_in(key, next(count))).astype(
+                dtype
+            ),
+            table,
         )
 
     where = (

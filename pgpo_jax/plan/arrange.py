@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from pgpo_jax import models
 from pgpo_jax.config import Config
 from pgpo_jax.plan import chips, measure, programs
 from pgpo_jax.plan.programs import Setup
@@ -42,7 +43,7 @@ def arrangements(config: Config, devices: Sequence[Any]) -> Iterator[Setup]:
 
 def _with_slots(setup: Setup, hbm_bytes: int | None, resident: int) -> Setup:
     """Fewer slots where the cache of all would not fit beside the state and decoding's weights."""
-    params, mesh = programs.abstract_params(setup), setup.mesh
+    params, mesh = models.join(*programs.abstract_params(setup)), setup.mesh
     split = mesh.shape["tensor"] if setup.config.sampling.gather_weights else mesh.size
     weights = sum(2 * x.size for x in jax.tree.leaves(params)) // split
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -78,6 +78,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         "fits": False,
         "reason": None,
         "per_chip": {**state, "activations": None, "temporaries": None, "total": None},
+        "state_bytes_per_parameter": programs.state_bytes_per_parameter(setup),
         "stays_whole": programs.whole_arrays(setup),
         "bytes_per_parameter": programs.bytes_per_parameter(setup),
         "not_counted": NOT_COUNTED,
@@ -136,7 +137,7 @@ def measure_decode(setup: Setup, resident: int) -> dict[str, Any]:
       `programs` holds each one's bytes with all that lives beside it, None where the compiler
       could not place it; `total` the largest; what `decode` alone tells is absent without it.
     """
-    parameters = programs.shard_bytes(programs.abstract_params(setup))
+    parameters = programs.shard_bytes(programs.abstract_params(setup))  # and what is frozen
     totals: dict[str, int | None] = {}
     needed, decode = 0, None
     for name, lowered in programs.lower_sampler(setup).items():

@@ -18,7 +18,7 @@ from pgpo_jax.config import Config
 from pgpo_jax.data import Batch, View, bucket, parts_of
 from pgpo_jax.errors import InputError
 from pgpo_jax.logs import read_multipliers
-from pgpo_jax.models import ModelConfig
+from pgpo_jax.models import ModelConfig, Params
 from pgpo_jax.objective import GroupStatistics
 from pgpo_jax.optimizer import OPTIMIZERS, OptimizerConfig, make_optimizer
 from pgpo_jax.state import abstract_train_state, train_state_shardings
@@ -141,13 +141,9 @@ def row_count(config: Config) -> int:
     return config.data.questions_per_step * config.sampling.num_samples
 
 
-def abstract_params(setup: Setup) -> Any:
-    """Shapes, types and shardings of the parameters."""
-    shapes = models.param_shapes(setup.architecture)
-    where = sharding.shardings(models.param_axes(setup.architecture), shapes, setup.mesh)
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where
-    )
+def abstract_params(setup: Setup) -> tuple[Params, Params | None]:
+    """Shapes, types and shardings of the trained parameters, and of those that are frozen."""
+    return models.abstract_params(setup.architecture, setup.config.model.lora, setup.mesh)
 
 
 def _graphdef(setup: Setup) -> Any:
@@ -191,7 +187,7 @@ def abstract_batch(setup: Setup) -> Batch:
 
 def lower_train_step(setup: Setup, alpha: float | None = None) -> jax.stages.Lowered:
     """The train step of a run (`step.make_train_step`), with another alpha if one is given."""
-    config, params = setup.config, abstract_params(setup)
+    config, (params, frozen) = setup.config, abstract_params(setup)
     chosen = config.optimizer
     if alpha is not None:
         chosen = dataclasses.replace(chosen, alpha=alpha)
@@ -204,14 +200,15 @@ def lower_train_step(setup: Setup, alpha: float | None = None) -> jax.stages.Low
         objective=methods.make_objective(config.objective),
         teacher_config=config.teacher,
     )
-    return train_step.lower(abstract_train_state(params, optimizer), abstract_batch(setup))
+    state = abstract_train_state(params, optimizer)
+    return train_step.lower(state, abstract_batch(setup), frozen)
 
 
 def lower_sampler(setup: Setup) -> dict[str, sampler.Lowered]:
     """The sampler's programs in a rollout of the worst batch, by name."""
     return sampler.lower_programs(
         _graphdef(setup),
-        abstract_params(setup),
+        models.join(*abstract_params(setup)),
         dataclasses.replace(setup.config.sampling, slots=setup.slots),
         questions=setup.config.data.questions_per_step,
         prompt_length=setup.prompt,
@@ -230,11 +227,13 @@ def shard_bytes(tree: Any) -> int:
 
 
 def state_bytes(setup: Setup) -> dict[str, int]:
-    """Per device: student, its gradients, optimizer and teacher."""
+    """Per device: student, its gradients, optimizer and teacher, and what is frozen beside them."""
     chosen = setup.config.optimizer
     optimizer = make_optimizer(chosen, read_multipliers(chosen.replay))
-    state = abstract_train_state(abstract_params(setup), optimizer)
-    return {
+    params, frozen = abstract_params(setup)
+    state = abstract_train_state(params, optimizer)
+    beside = {} if frozen is None else {"frozen": shard_bytes(frozen)}
+    return beside | {
         "parameters": shard_bytes(state.student),
         "optimizer": shard_bytes(state.opt_state),
         "teacher": shard_bytes(state.teacher),
@@ -242,20 +241,28 @@ def state_bytes(setup: Setup) -> dict[str, int]:
     }
 
 
+def state_bytes_per_parameter(setup: Setup) -> float:
+    """Of one copy of the state over all its devices, per parameter of the model."""
+    devices = setup.mesh.shape["fsdp"] * setup.mesh.shape["tensor"]
+    return sum(state_bytes(setup).values()) * devices / _parameters(setup)
+
+
 def bytes_per_parameter(setup: Setup) -> dict[str, dict[str, float]]:
     """Bytes of the state for each parameter of the model, on all devices together.
 
-    Of student and teacher, and, by optimizer and type of the first moment, of every moment by the
-    name that optax gives it.
+    Of student and teacher, of what is frozen beside adapters, and, by optimizer and type of the
+    first moment, of every moment by the name that optax gives it.
     """
-    params, state = abstract_params(setup), None
-    count = sum(x.size for x in jax.tree.leaves(params))
+    (params, frozen), state = abstract_params(setup), None
+    count = _parameters(setup)
 
     def size(tree: Any) -> int:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     found: dict[str, dict[str, float]] = {}
     for name in OPTIMIZERS:
+        if name == "muon" and frozen is not None:  # refused: no projection is trained
+            continue
         for dtype in ("float32", "bfloat16"):
             chosen = OptimizerConfig(name=name, moments_dtype=dtype)  # pyright: ignore[reportArgumentType]
             state = abstract_train_state(params, make_optimizer(chosen))
@@ -267,7 +274,12 @@ def bytes_per_parameter(setup: Setup) -> dict[str, dict[str, float]]:
             found[f"{name}, {dtype}"] = {kind: total / count for kind, total in moments.items()}
     assert state is not None
     both = {"student": size(state.student) / count, "teacher": size(state.teacher) / count}
-    return {"state": both} | found
+    beside = {} if frozen is None else {"frozen": size(frozen) / count}
+    return {"state": both | beside} | found
+
+
+def _parameters(setup: Setup) -> int:
+    return sum(x.size for x in jax.tree.leaves(models.param_shapes(setup.architecture)))
 
 
 def cache_bytes(setup: Setup) -> int:
@@ -285,12 +297,16 @@ def cache_bytes(setup: Setup) -> int:
 def model_flops(setup: Setup) -> int:
     """What the method asks for in one update, all devices together; nothing computed twice counts.
 
-    Two operations per multiply-add; the student's backward pass is twice its forward pass, and
-    attention counts the keys that a query sees.
+    Two operations per multiply-add; the student's backward pass is twice its forward pass, but for
+    matrices that are frozen, and attention counts the keys that a query sees.
     """
-    c = setup.architecture
+    c, lora = setup.architecture, setup.config.model.lora
     layers = models.leaves(c)["layers"]
     weights = sum(math.prod(leaf.shape) for name, leaf in layers.items() if name.endswith("_proj"))
+    added = 0
+    if lora.rank:
+        leaves = models.adapter_leaves(c, lora)["layers"].values()
+        added = sum(math.prod(leaf.shape) for leaf in leaves)
 
     def forward(time: int) -> int:
         window = min(c.sliding_window or time, time)
@@ -299,9 +315,11 @@ def model_flops(setup: Setup) -> int:
             "sliding_attention": window * (window + 1) // 2 + (time - window) * window,
         }
         scores = sum(seen[kind] for kind in c.layer_types) * c.num_attention_heads * c.head_dim
-        return 2 * time * weights + 4 * scores
+        return 2 * time * (weights + added) + 4 * scores
 
     head = 2 * setup.response * c.hidden_size * c.vocab_size
-    student = forward(setup.prompt + setup.response) + head
+    time = setup.prompt + setup.response
+    student = forward(time) + head
     teacher = forward(setup.teacher_prompt + setup.response) + head
-    return setup.update_rows * (3 * student + teacher)
+    frozen = 2 * time * weights + head if lora.rank else 0  # whose gradients nobody takes
+    return setup.update_rows * (3 * student - frozen + teacher)

@@ -109,6 +109,8 @@ def describe(found: dict[str, Any]) -> str:
         rows.append(("updates", text))
     rows.append(("memory per chip", _gib(found["hbm_bytes"])))
     rows += [(f"  {name}", _gib(value)) for name, value in found["per_chip"].items()]
+    if (each := found.get("state_bytes_per_parameter")) is not None:
+        rows.append(("  state", f"{each:.2f} bytes a parameter of the model, gradients included"))
     rows += [
         (
             f"  whole over {array['mesh_axis']}",

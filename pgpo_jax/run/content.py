@@ -17,6 +17,7 @@ NAMES = {
     "replay": "optimizer.replay: got a file with another text",
     "model/weights": "model.path: got other weights",
     "model/tokenizer": "model.path: got another tokenizer",
+    "adapters/weights": "model.lora.path: got other adapters",
     "teacher/weights": "teacher.path: got other weights",
     "teacher/tokenizer": "teacher.path: got another tokenizer",
 }
@@ -50,6 +51,8 @@ def content(run: Run) -> dict[str, str]:
     for section, path in (("model", config.model.path), ("teacher", config.teacher.path)):
         if path is not None:
             found |= {f"{section}/{part}": value for part, value in hf.content(path).items()}
+    if config.model.lora.path is not None:
+        found["adapters/weights"] = hf.content(config.model.lora.path)["weights"]
     for part, value in found.items():
         number = zlib.crc32(value.encode()) >> 1
         largest, smallest = sharding.agree_max([number, -number])

@@ -20,9 +20,9 @@ from pgpo_jax.evaluation import (
     within_training,
 )
 from pgpo_jax.logs import Writer
-from pgpo_jax.models import GraphDef
 from pgpo_jax.reprompt import resolve_templates, teacher_messages
 from pgpo_jax.run.setup import Run
+from pgpo_jax.sampler import Policy
 from pgpo_jax.state import TrainState
 from pgpo_jax.tasks import Question
 
@@ -113,12 +113,14 @@ def evaluate_run(
     metrics, rewards, answered, warnings = evaluate_sets(run, state.student, key, tell)
     if config.teacher_questions and run.task.demonstration:
         questions = run.task.test[: config.teacher_questions]
-        graphdef = run.teacher_graphdef or run.policy.graphdef
-        asked = _Asked(run, (graphdef, state.teacher), key, tell("evaluation of the teacher"))
+        policy = run.policy
+        if run.teacher_graphdef is not None:  # another model, without the student's adapters
+            policy = policy._replace(graphdef=run.teacher_graphdef, frozen=None)
+        asked = _Asked(run, (policy, state.teacher), key, tell("evaluation of the teacher"))
         metrics["eval/teacher_with_demonstration"] = asked.accuracy(questions, shown=True)
     metrics["time/evaluate"] = time.perf_counter() - started
     if step == 0 and config.preflight_questions and run.task.demonstration:
-        model = (run.policy.graphdef, state.student)
+        model = (run.policy, state.student)
         metrics |= _preflight(_Asked(run, model, key, tell("pre-flight")), writer)
     writer.write(step, metrics, warnings)
     own = rewards.pop("")
@@ -141,14 +143,14 @@ class _Asked(NamedTuple):
     """A model of a run that is asked some questions, and who hears how far that is."""
 
     run: Run
-    model: tuple[GraphDef, Any]
+    model: tuple[Policy, Any]
     key: jax.Array
     tell: Tell
 
     def accuracy(self, questions: Sequence[Question], *, shown: bool) -> float:
         """Mean reward, with or without a right answer in the prompt."""
-        run, (graphdef, params) = self.run, self.model
-        policy = within_training(run.policy._replace(graphdef=graphdef))
+        run, (policy, params) = self.run, self.model
+        policy = within_training(policy)
         if shown:
             policy = policy.with_limit("reprompt.max_length", run.reprompt.max_length)
         templates, demonstration = resolve_templates(run.reprompt), run.task.demonstration

@@ -27,11 +27,12 @@ class Run(NamedTuple):
     task: Task
     """With the questions that fit `data.max_prompt_length`."""
     policy: Policy
-    """The model without its weights, the tokenizer, the devices, and how responses are drawn."""
+    """The model without its trained weights, the tokenizer, the devices, and how responses are
+    drawn."""
     reprompt: RepromptConfig
     """How the teacher's prompts are made, with the task's own templates."""
     params: Any
-    """The student's weights."""
+    """The student's trained weights."""
     teacher_graphdef: GraphDef | None = None
     """The teacher's model, where it is another one (`teacher.path`)."""
     teacher: Any = None
@@ -79,12 +80,13 @@ def load_run(config: Config, mesh: Mesh | None = None) -> Run:
     check_vocabulary(model.config, tokenizer, sampling)
     check_lengths(model.config, sampling, config.data, reprompt)
     task, left_out, held_out = questions = load_questions(config, task, tokenizer, reprompt)
-    policy = Policy(model.graphdef, tokenizer, mesh, sampling, config.data)
+    policy = Policy(model.graphdef, tokenizer, mesh, sampling, config.data, frozen=model.frozen)
     path = config.model.path
     source = "" if path is None else hf.describe_files(path)
-    axes, shapes = (f(model.config) for f in (models.param_axes, models.param_shapes))
-    whole = sharding.describe_whole(axes, shapes, mesh)
-    notes = (*told, *whole, *questions.notes(config.data))
+    axes, shapes = models.param_axes(model.config), model.frozen or model.params
+    whole = sharding.describe_whole(axes, shapes, mesh, frozen=model.frozen is not None)
+    adapters = hf.adapter_notes(config.model.lora, path)
+    notes = (*told, *whole, *adapters, *questions.notes(config.data))
     run = Run(config, task, policy, reprompt, model.params, source=source, notes=notes)
     run = run._replace(left_out=left_out, held_out=held_out)
     if config.teacher.path is None:
@@ -133,7 +135,9 @@ def _complete(config: Config, tokenizer: Any) -> SamplingConfig:
 def _with_teacher(run: Run, vocab_size: int) -> Run:
     """The run with another model as its teacher."""
     config, tokenizer = run.config, run.policy.tokenizer
-    section = dataclasses.replace(config.model, path=config.teacher.path, architecture=None)
+    section = dataclasses.replace(
+        config.model, path=config.teacher.path, architecture=None, lora=models.OFF
+    )
     key = jax.random.key(0)  # a checkpoint draws nothing
     teacher = hf.from_section(section, run.policy.mesh, key)
     if teacher.tokenizer is not None and teacher.tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -181,14 +185,17 @@ def describe(run: Run) -> str:
     """What is trained, on what, in one line."""
     content = ", ".join(f"{part} {digest}" for part, digest in tasks.digest(run.task).items())
     also = "".join(f" + {len(s.task.test):,} of {s.label}" for s in run.held_out[1:])
-    size = sum(leaf.size for leaf in jax.tree.leaves(run.params))
-    mesh = run.policy.mesh
+    mesh, frozen = run.policy.mesh, run.policy.frozen
+    trained, whole = (
+        sum(x.size for x in jax.tree.leaves(tree)) for tree in (run.params, (run.params, frozen))
+    )
+    size = f"{whole:,} parameters" + (f", {trained:,} of them trained adapters," if frozen else "")
     shape = " x ".join(f"{name} {count}" for name, count in mesh.shape.items())
     device = mesh.devices.flat[0].device_kind
     updates, steps = run.config.data.updates, run.config.steps
     held_out = f"{len(run.task.test):,} held out{also}"
     return (
         f"{run.task.name}: {len(run.task.train):,} questions, {held_out} ({content}); "
-        f"{size:,} parameters on {mesh.size} {device} ({shape}); "
+        f"{size} on {mesh.size} {device} ({shape}); "
         + (f"{steps} updates" if updates == 1 else f"{steps} steps of {updates} updates")
     )

@@ -62,7 +62,8 @@ def make_updates(run: Run, state: TrainState) -> Callable[[TrainState, Examples]
         for index, rows in enumerate(parts):
             batch = data.pack(examples.take(rows), config.data, mesh)
             last = () if len(parts) == 1 else (np.int32(index + 1 == len(parts)),)
-            state, measured = train_step(state, sharding.to_global(batch, mesh), *last)
+            placed = sharding.to_global(batch, mesh)
+            state, measured = train_step(state, placed, run.policy.frozen, *last)
             per_token = measured.pop("token_divergence")
             if config.metrics.samples_per_step and index < config.data.updates_per_rollout:
                 values = data.to_rows(batch, sharding.to_host(per_token))
@@ -125,7 +126,8 @@ def _recompute(
     old, mesh = np.zeros(examples.response_mask.shape, np.float32), run.policy.mesh
     for rows in parts[: run.config.data.updates_per_rollout]:
         batch = data.pack(examples.take(rows), run.config.data, mesh)
-        found = sharding.to_host(score(student, sharding.to_global(batch, mesh)))
+        placed = sharding.to_global(batch, mesh)
+        found = sharding.to_host(score(student, placed, run.policy.frozen))
         for row, values in zip(rows, data.to_rows(batch, found), strict=True):
             old[row][examples.response_mask[row]] = values
     return examples._replace(old_log_probs=old)

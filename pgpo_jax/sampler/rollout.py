@@ -10,14 +10,14 @@ from jax.sharding import Mesh
 
 from pgpo_jax import data, sharding
 from pgpo_jax.data import DataConfig, Rollouts
-from pgpo_jax.models import GraphDef
+from pgpo_jax.models import GraphDef, Params, join
 from pgpo_jax.sampler.sampling import Samples, SamplingConfig, sample
 
 Conversation = Sequence[Mapping[str, str]]
 
 
 class Policy(NamedTuple):
-    """All that turns conversations into responses, but the weights."""
+    """All that turns conversations into responses, but the trained weights."""
 
     graphdef: GraphDef
     """The model."""
@@ -31,6 +31,9 @@ class Policy(NamedTuple):
     """Limit of the prompts and options of the chat template."""
     limit: str = "data.max_prompt_length"
     """The setting that an over-long prompt exceeds, for the error."""
+    frozen: Params | None = None
+    """The weights beside adapters, which training leaves as they are; None where all are trained.
+    """
 
     def with_limit(self, field: str, length: int) -> "Policy":
         """The policy for prompts of at most `length` tokens, as the setting `field` says."""
@@ -53,8 +56,8 @@ def rollout(
     of `data.bucket`, agreed among the hosts, so that few shapes are ever compiled.
 
     Args:
-      policy: The model without its weights, the tokenizer and how to sample.
-      params: The weights.
+      policy: The model without its trained weights, the tokenizer and how to sample.
+      params: The trained weights.
       conversations: Messages of each prompt.
       key: Random key of this rollout, the same on all hosts.
       names: What to call each prompt in an error.
@@ -107,6 +110,7 @@ def _sample(
     real = np.concatenate([np.arange(rows) < count for count in counts])
     limits = np.where(real, sampling.max_response_length, 1)[:, None]
     limits = np.repeat(limits, sampling.num_samples, axis=1)
+    params = join(params, policy.frozen)
     samples = sample(policy.graphdef, params, **placed, key=key, config=sampling, limits=limits)
     return jax.tree.map(lambda own: own[: len(prompts)], sharding.to_host(samples))
 

@@ -139,8 +139,11 @@ def whole_arrays(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> list[WholeArra
     return found
 
 
-def describe_whole(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> list[str]:
-    """What a mesh does not split of some arrays, in a sentence for people; empty if nothing."""
+def describe_whole(axes_tree: Any, shapes_tree: Any, mesh: Mesh, frozen: bool = False) -> list[str]:
+    """What a mesh does not split of some arrays, in a sentence for people; empty if nothing.
+
+    `frozen` says that the arrays are those of the teacher too, and in no optimizer's state.
+    """
     found = whole_arrays(axes_tree, shapes_tree, mesh)
     if not found:
         return []
@@ -165,8 +168,9 @@ def describe_whole(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> list[str]:
                 *lines,
                 f"every device holds whole what its mesh axis does not divide: {', '.join(shown)}"
                 f"{more}",
-                f"{here / 2**30:.2f} GiB of parameters a device, and as much again for the "
-                "teacher and for each moment of the optimizer",
+                f"{here / 2**30:.2f} GiB of parameters a device"
+                + ", and as much again for the teacher and for each moment of the optimizer"
+                * (not frozen),
             ]
         )
     ]

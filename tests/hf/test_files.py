@@ -198,7 +198,7 @@ def path_out_of_the_folder(folder):
         (missing_shard, r"without model-00002-of-00002.safetensors, which model.safe.* names"),
         (index_that_names_what_no_shard_has, r"1 missing \(model.norm.weight\)"),
         (tensor_in_two_shards, r"embed_tokens.weight in both model-00001-of-00002.safetensors and"),
-        (adapter, "which has an adapter_config.json; adapters are not applied"),
+        (adapter, "which has an adapter_config.json; give the model that it adapts"),
         (variant_alone_and_whole_of_another_save, "in both consolidated.safetensors and"),
         (path_out_of_the_folder, r"must be the name of a .safetensors file in that folder"),
     ],

@@ -238,7 +238,7 @@ def test_end_tokens_survive_an_export(golden, tmp_path):
 
 def test_a_section_states_a_checkpoint_or_an_architecture(golden):
     mesh, key = sharding.make_mesh(), jax.random.key(0)
-    graphdef, params, _, tokenizer = hf.from_section(
+    graphdef, params, _, tokenizer, _ = hf.from_section(
         hf.ModelSection(architecture=ARCHITECTURE, dtype="float32", remat="dots"), mesh, key
     )
     decoder = nnx.merge(graphdef, params)
@@ -248,7 +248,9 @@ def test_a_section_states_a_checkpoint_or_an_architecture(golden):
 
     folder = golden("qwen3")
     make_tokenizer().save_pretrained(folder)
-    graphdef, params, _, tokenizer = hf.from_section(hf.ModelSection(path=str(folder)), mesh, key)
+    graphdef, params, _, tokenizer, _ = hf.from_section(
+        hf.ModelSection(path=str(folder)), mesh, key
+    )
     assert_equal(params, hf.load(folder)[1])
     assert tokenizer.eos_token_id == 2
 

@@ -74,6 +74,21 @@ def test_the_local_devices_can_be_planned_for(local):
     json.dumps(local)
 
 
+def test_adapters_are_planned_for_beside_one_base_and_nothing_is_taken_of_its_gradient(path):
+    adapters = ("--model.lora.rank", "4", "--model.lora.base_dtype", "float32")
+    whole, setup = setup_on(path, 8), setup_on(path, 8, *adapters)
+    memory, expected = programs.state_bytes(setup), programs.state_bytes(whole)
+    assert memory["frozen"] == expected["parameters"]
+    assert memory["teacher"] == memory["parameters"] < expected["parameters"] / 5
+    held = programs.state_bytes_per_parameter(setup)
+    assert 4 < held < 8 and 20 <= programs.state_bytes_per_parameter(whole) < 21
+    assert 0.6 < programs.model_flops(setup) / programs.model_flops(whole) < 0.9
+    # Neither the update nor the sampler holds another array of the size of the frozen ones.
+    step, full = (plan.compile_program(programs.lower_train_step(s)) for s in (setup, whole))
+    assert step.total < full.total - 2.5 * expected["parameters"]
+    assert [*programs.lower_sampler(setup)] == ["weights", "prefill", "enter", "decode"]
+
+
 def test_the_verdict_counts_the_largest_of_the_samplers_programs(local):
     decode, memory = local["decode"], local["per_chip"]
     resident = memory["parameters"] + memory["optimizer"] + memory["teacher"]

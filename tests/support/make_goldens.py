@@ -1,7 +1,8 @@
 """Writes the checkpoints and logits of `transformers` that test_parity.py compares with.
 
 Run where torch is installed: `python tests/make_goldens.py`. Every folder under tests/goldens
-holds a tiny random model as `transformers` saves it, in 16 bits, and its float32 logits.
+holds a tiny random model as `transformers` saves it, in 16 bits, and its float32 logits. The folder
+tests/adapters holds adapters of one of them as `peft` saves them, and the logits with them.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 GOLDENS = Path(__file__).parent / "goldens"
+ADAPTERS = Path(__file__).parent / "adapters"
 TINY = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -158,6 +160,34 @@ def logits(model: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return out.logits.float().numpy()
 
 
+def adapted(model: Any, base: str) -> Any:
+    """The model with random adapters of `peft`."""
+    import peft
+    import torch
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, settings)
+    model.peft_config["default"].base_model_name_or_path = base
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def write_adapters() -> None:
+    """Those of the model `qwen3`, whose golden must be there."""
+    shutil.rmtree(ADAPTERS, ignore_errors=True)
+    model = adapted(random_model(CONFIGS["qwen3"], ADAPTERS / "base"), "qwen3")
+    shutil.rmtree(ADAPTERS / "base")
+    model.save_pretrained(ADAPTERS)
+    (ADAPTERS / "README.md").unlink()
+    expected = logits(model, *tokens())
+    np.savez_compressed(ADAPTERS / "expected.npz", logits=expected)
+    print("adapters", float(np.abs(expected).max()))
+
+
 def main() -> None:
     import torch
 
@@ -172,6 +202,7 @@ def main() -> None:
         (folder / "generation_config.json").unlink()
         np.savez_compressed(folder / "expected.npz", logits=expected)
         print(name, float(np.abs(expected).max()))
+    write_adapters()
 
 
 if __name__ == "__main__":
