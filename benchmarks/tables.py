@@ -136,7 +136,8 @@ PLACE = (Column("device", device), Column("versions", versions))
 def options(result: Result) -> str:
     """What to give the benchmark to repeat the row."""
     one = " --threads 1" if result.get("threads") == 1 else ""
-    return f"`--preset {preset(result)}{one}`"
+    lora = f" --lora-rank {rank}" if (rank := result.get("lora_rank")) else ""
+    return f"`--preset {preset(result)}{lora}{one}`"
 
 
 CASE = Column("case", options)

@@ -54,6 +54,16 @@ def test_torch_computes_the_same_losses():
 
 
 @pytest.mark.slow
+def test_an_update_of_adapters_is_measured_and_needs_fewer_operations(run):
+    tiny = ("train_step", "--preset", "tiny", "--repeats", "1", "--no-torch", "--no-parts")
+    whole, adapters = run(*tiny), run(*tiny, "--lora-rank", "4")
+    assert adapters["benchmark"].endswith("_lora_4")
+    assert adapters["parameters"] > whole["parameters"]
+    assert 0.6 < adapters["model_flops"] / whole["model_flops"] < 1
+    assert adapters["peak_bytes"] < whole["peak_bytes"]
+
+
+@pytest.mark.slow
 def test_what_the_multiplier_costs_is_measured(run):
     result = run("step_overhead", "--preset", "tiny", "--repeats", "1")
     assert set(result) >= KEYS["step_overhead"]
