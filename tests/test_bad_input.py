@@ -413,6 +413,10 @@ def test_a_bad_command_line_is_refused(given, expected, refused):
             {"optimizer": {"name": "adam"}},
             "optimizer.name: got 'adam'; must be one of adamw, lion, muon, sgd",
         ),
+        "muon on adapters": (
+            {"optimizer": {"name": "muon"}, "model": {"lora": {"rank": 2}}},
+            "optimizer.name: got muon with model.lora.rank = 2; it is for the layers' projections,",
+        ),
         "fewer questions than a step takes": (
             {"task": {"train_questions": 3}},
             "data.questions_per_step: got 4, must be at most the number of training questions, 3",
