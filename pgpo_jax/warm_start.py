@@ -111,7 +111,8 @@ def warm_start(
         raise InputError(
             f"warm_start.steps: got {config.steps}; task {task.name} has no worked examples, set 0"
         )
-    step = _make_step(policy, _optimizer(config))
+    where = jax.tree.map(lambda leaf: leaf.sharding, now.state)
+    step = _make_step(policy, _optimizer(config), where)
     for index in range(now.steps, config.steps):
         rng = keys.generator(seed, keys.Stream.WARM_START, index)
         examples = task.examples(rng, config.examples_per_step)
@@ -133,9 +134,10 @@ def warm_start(
 
 
 def _make_step(
-    policy: Policy, optimizer: optax.GradientTransformation
+    policy: Policy, optimizer: optax.GradientTransformation, where: WarmState
 ) -> Callable[..., tuple[Any, Any, Any]]:
-    """One supervised step; parameters and optimizer state are donated."""
+    """One supervised step; parameters and optimizer state are donated, and stay `where` they are:
+    else a step after a save, which is restored there, could sum in another order."""
 
     def loss_fn(params, frozen, rows):
         model = merge(policy.graphdef, params, frozen)
@@ -154,7 +156,7 @@ def _make_step(
 
         return jnp.sum(jax.lax.map(row_loss, (hidden, responses, mask), batch_size=64)) / mask.sum()
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*where, None))
     def step(params, opt_state, frozen, rows):
         loss, grads = jax.value_and_grad(loss_fn)(params, frozen, rows)
         updates, opt_state = optimizer.update(grads, opt_state, params)
