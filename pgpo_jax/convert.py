@@ -95,8 +95,8 @@ def export(
     lora = section.lora
     if merge and not lora.rank:
         raise InputError(f"--merge: got a run without adapters (model.lora.rank 0 in {file})")
-    written = lora.rank and not merge
-    if written and section.path is None:
+    base = section.path
+    if lora.rank and not merge and base is None:
         raise InputError(
             f"RUN: {run} has adapters on a model without a checkpoint (model.architecture), which "
             "nothing could load them on; give --merge"
@@ -107,8 +107,9 @@ def export(
     with _new_folder(out, overwrite) as folder:
         with Checkpoints(checkpoints, read_only=True) as saved:
             _, params = saved.restore_student(shapes, which)
-        if written and section.path is not None:
-            base = os.path.abspath(section.path) if os.path.isdir(section.path) else section.path
+        if lora.rank and not merge:
+            if base is not None and os.path.isdir(base):
+                base = os.path.abspath(base)
             hf.save_adapters(folder, model_config, lora, params, base)
             tokenizer.save_pretrained(folder)
             return

@@ -16,7 +16,7 @@ class TrainState(NamedTuple):
     step: Any
     """Steps done, a scalar int32; one with skipped updates counts."""
     student: Any
-    """Parameters, float32."""
+    """What is trained, float32: all parameters, or adapters."""
     teacher: Any
     """The student's exponential moving average, float32."""
     opt_state: Any

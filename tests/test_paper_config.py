@@ -1,9 +1,11 @@
 """The paper's configuration, to the letter, at its real size but without its memory."""
 
+import dataclasses
 import pathlib
 
 import jax
 import numpy as np
+import pytest
 
 from pgpo_jax import config, fused, sharding
 from pgpo_jax.models import decoder
@@ -77,3 +79,18 @@ def test_its_update_can_be_traced_at_full_size():
         lambda x: (x.shape, x.dtype), state
     )
     assert {"loss", "information", "multiplier"} <= measured.keys()
+
+
+def test_with_adapters_it_is_the_same_experiment_on_one_card():
+    whole, adapters = config.load(str(PATH)), config.load(str(PATH.with_name("lora_qwen3_8b.yaml")))
+    changed = {
+        name
+        for name, value in vars(adapters).items()
+        if value != getattr(whole, name) and name != "output_dir"
+    }
+    assert changed == {"model", "data", "sampling", "optimizer", "mesh"}
+    assert dataclasses.replace(adapters.model, lora=whole.model.lora) == whole.model
+    assert adapters.optimizer == dataclasses.replace(whole.optimizer, learning_rate=1e-4)
+    setup = programs.make_setup(adapters, jax.devices()[:1])
+    assert sum(programs.state_bytes(setup).values()) < 17.5e9
+    assert programs.state_bytes_per_parameter(setup) == pytest.approx(2.11, abs=0.01)
