@@ -54,18 +54,16 @@ def make_train_step(
       optimizer: A chain whose `update` takes `information`.
       options: Of the vocabulary pass. The multiplier reads `options.config.estimator`; the others
         are measured.
-      shardings: Where the state lives (`train_state_shardings`); parts of a batch are split over
-        the `data` and `fsdp` axes of its mesh.
+      shardings: Where the state lives (`train_state_shardings`), and on which mesh.
       objective: Which loss; the default is SDPO's. Others read `Batch.group`, some further views.
       teacher_config: How the teacher follows the student.
       teacher_graphdef: The teacher's model where it is another one, of the same vocabulary.
 
     Returns:
       `(state, batch, frozen=None, steps=1) -> (state, measurements)`; the state is donated, the
-      parameters `frozen` beside adapters are not, and `steps` is 0 for all but the last of several
-      updates of one step of the run. Measurements are float32 scalars in the units of their
-      definitions (nats per response token), and `token_divergence`, that of every token in the
-      shape of the batch's `responses`; outside the response mask it may be anything.
+      parameters `frozen` beside adapters are not, and `steps` is 0 for all but the last of a step's
+      updates. Measurements are float32 scalars in the units of their definitions (nats per response
+      token), and `token_divergence` of the batch's `responses`: anything outside their mask.
     """
     mesh, aggregation = shardings.step.mesh, options.config.aggregation
     hooks = {"policy_terms": objective.policy_terms, "target": objective.target}

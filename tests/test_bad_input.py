@@ -415,7 +415,8 @@ def test_a_bad_command_line_is_refused(given, expected, refused):
         ),
         "muon on adapters": (
             {"optimizer": {"name": "muon"}, "model": {"lora": {"rank": 2}}},
-            "optimizer.name: got muon with model.lora.rank = 2; it is for the layers' projections,",
+            "optimizer.name: got muon with model.lora.rank = 2; it is for the layers' projections, "
+            "which adapters leave as they are: choose another",
         ),
         "fewer questions than a step takes": (
             {"task": {"train_questions": 3}},

@@ -253,5 +253,6 @@ def test_questions_that_the_model_cannot_take_are_refused(
         write_config(
             model={"architecture": None, "path": str(model)},
             task={"name": "dataset", "path": "questions.jsonl", "verifier": "exact"},
+            data={"over_long": "error"},
         ),
     )

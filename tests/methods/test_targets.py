@@ -190,7 +190,9 @@ def test_a_target_keeps_no_logits_beyond_a_chunks(chosen):
 
 def test_only_demopsd_runs_the_teacher_without_its_context():
     side = fused.Side(jnp.zeros((3, 1)), jnp.zeros((2, 1)))
-    terms = fused.Terms(*[jnp.zeros(3)] * 5, information={}, weight=jnp.ones(3), policy=None)
+    terms = fused.Terms(
+        *[jnp.zeros(3)] * 5, information={}, weight=jnp.ones(3), policy=None, clipped=None
+    )
     for chosen, views in ((DEMOPSD, ["teacher", "student"]), (VETO, ["teacher"])):
         asked, given = [], []
         forward = Forward(

@@ -131,7 +131,7 @@ def by_hand(state, examples, settings, objective=GRPO):
         taken = examples.take((part[:, None] * SAMPLES + np.arange(SAMPLES)).reshape(-1))
         batch = place(taken, settings)
         last = () if len(parts) == 1 else (np.int32(index + 1 == len(parts)),)
-        state, found = plain_step(objective)(state, batch, *last)
+        state, found = plain_step(objective)(state, batch, None, *last)
         measured.append(test_step.numbers(found))
     return state, measured
 

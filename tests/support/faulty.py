@@ -19,7 +19,7 @@ PLACES = {
     "warm start": ("pgpo_jax.warm_start", "_encode"),
     "rollout": ("pgpo_jax.train", "rollout"),
     "verification": ("pgpo_jax.train", "verify"),
-    "update": ("pgpo_jax.train", "make_train_step"),
+    "update": ("pgpo_jax.train", "make_updates"),
     "metrics": ("pgpo_jax.logs.writer", "Writer.write"),
     "samples": ("pgpo_jax.logs.writer", "Writer.samples"),
     "evaluation": ("pgpo_jax.evaluation", "verify"),
