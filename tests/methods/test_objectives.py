@@ -144,7 +144,7 @@ def test_low_probability_punishes_unlikely_tokens_alone_whatever_the_rewards_say
     np.testing.assert_array_equal(terms(other, **chosen)[0], got)
     config = ObjectiveConfig(policy=1.0, **chosen)
     gradient = jax.grad(
-        lambda x: jnp.sum(objective.policy_terms(x, None, AT_ARGMAX, POLICY, config))
+        lambda x: jnp.sum(objective.policy_terms(x, None, AT_ARGMAX, POLICY, config)[0])
     )(LOG_PROBS)
     np.testing.assert_allclose(gradient, unlikely.astype(float), rtol=1e-6)  # likelier is worse
 
