@@ -328,10 +328,10 @@ def _walk(hidden, rows: _Rows, heads, *, measure, options: Options, with_gradien
         return *per_token, jax.tree.map(lambda x: x[None], d_head)
 
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    filled = jax.tree.map(lambda x: _fill(x, -(-count // shards) * shards), (hidden, rows))
+    hidden, rows = jax.tree.map(lambda x: _fill(x, -(-count // shards) * shards), (hidden, rows))
     # Whole in `embed`: gathered once and in the compute dtype, not in every chunk.
     heads = tuple(place(head, "tensor", None) for head in heads)
-    *per_token, d_head = on_each(*filled, heads)
+    *per_token, d_head = on_each(hidden, rows, heads)
     # The head's gradient is summed over shards once, straight into the parameter's layout.
     d_head = jax.tree.map(
         lambda x: place(jnp.sum(x, axis=0).reshape(vocab, embed), "tensor", "fsdp"), d_head
