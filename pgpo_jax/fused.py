@@ -352,8 +352,7 @@ def _walk(hidden, rows: _Rows, heads, *, measure, options: Options, wanted: _Wan
         return *per_token, jax.tree.map(lambda x: x[None], d_head)
 
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    whole_rows = -(-count // shards) * shards
-    hidden, rows = jax.tree.map(lambda x: _fill(x, whole_rows), (hidden, rows))
+    hidden, rows = jax.tree.map(lambda x: _fill(x, -(-count // shards) * shards), (hidden, rows))
     # Whole in `embed`: gathered once and in the compute dtype, not in every chunk.
     heads = tuple(place(head, "tensor", None) for head in heads)
     *per_token, d_head = on_each(hidden, rows, heads)
