@@ -76,7 +76,6 @@ def test_student_and_teacher_are_equal_until_the_first_update_and_the_average_fo
     [
         {"mesh": (2, 2, 2), "micro_batches": 2},
         pytest.param({"packing": "always", "micro_batches": 2}, marks=pytest.mark.slow),
-        pytest.param({"mesh": (1, 8, 1)}, marks=pytest.mark.slow),
         pytest.param({"mesh": (1, 1, 8)}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -91,11 +90,11 @@ def test_an_update_is_the_same_on_any_mesh_and_in_pieces(arrangement):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refresh", ["frozen", "live", "periodic", "trust_region"])
+@pytest.mark.parametrize("refresh", ["live", "periodic", "trust_region"])
 def test_every_teacher_follows_in_its_adapters(refresh):
     teacher = TeacherConfig(refresh=refresh, period=2)
     first, last, measured = updated(teacher=teacher)
-    expected = first.teacher if refresh in ("frozen", "trust_region") else last.student
+    expected = first.teacher if refresh == "trust_region" else last.student
     jax.tree.map(np.testing.assert_array_equal, last.teacher, expected)
     assert all(np.isfinite(row["loss"]) for row in measured)
 
@@ -104,7 +103,8 @@ def test_every_teacher_follows_in_its_adapters(refresh):
 def test_another_model_may_teach_adapters_and_has_none_itself():
     """The base as that model: before the first update it says what a frozen teacher would."""
     frozen = TeacherConfig(refresh="frozen")
-    _, expected, own = updated(teacher=frozen)
+    first, expected, own = updated(teacher=frozen)
+    jax.tree.map(np.testing.assert_array_equal, expected.teacher, first.teacher)
     _, state, other = updated(teacher=frozen, external=True)
     for name in ("loss", "information", "grad_norm"):
         np.testing.assert_allclose([row[name] for row in other], [row[name] for row in own], 1e-4)
@@ -124,6 +124,7 @@ def runs(tmp_path_factory):
     graphdef, params = models.init(
         models.ModelConfig.from_hf(architecture), Options(), jax.random.key(7)
     )
+    params = jax.tree.map(lambda x: 10 * x if x.ndim > 2 else x, params)
     hf.save(folder / "model", graphdef, params, addition.make_tokenizer())
     lora = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "o_proj", "down_proj"]}
     model = {"path": str(folder / "model"), "dtype": "float32", "lora": lora}
@@ -131,6 +132,8 @@ def runs(tmp_path_factory):
     def run(name, **changes):
         path = folder / f"{name}.yaml"
         sections = {**TINY, "model": model, "steps": 2, **changes}
+        for section in ("warm_start", "optimizer"):  # far enough from the base to be told from it
+            sections[section] = {**TINY[section], "learning_rate": 0.02}
         sections |= {"output_dir": str(folder / name), "evaluation": {"every": 0, "questions": 4}}
         path.write_text(yaml.safe_dump(sections))
         assert code(train.main, str(path)) == 0
@@ -162,11 +165,13 @@ def test_exported_adapters_and_the_merged_model_are_what_was_trained(runs, tmp_p
     lora = LoraConfig(2, 4.0, ("q_proj", "o_proj", "down_proj"), path=str(adapters))
     section = hf.ModelSection(path=str(runs / "model"), dtype="float32", lora=lora)
     model = hf.from_section(section, None, jax.random.key(0))
-    assert max(np.abs(x).max() for x in jax.tree.leaves(model.params)) > 1e-3
     tokens = jnp.arange(12).reshape(2, 6)
     expected = models.merge(model.graphdef, model.params, model.frozen)(tokens)
-    graphdef, params = hf.load(merged, dtype=jnp.float32)
-    np.testing.assert_allclose(models.merge(graphdef, params)(tokens), expected, atol=1e-5)
+    (ours, without) = (
+        models.merge(*hf.load(path, dtype=jnp.float32))(tokens) for path in (merged, runs / "model")
+    )
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    assert np.abs(without - expected).max() > 1e-2
     assert hf.load_tokenizer(adapters).get_vocab() == hf.load_tokenizer(merged).get_vocab()
     # The newest student of the run, and the adapters as a start, answer alike.
     capsys.readouterr()
