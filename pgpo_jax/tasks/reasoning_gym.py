@@ -41,7 +41,8 @@ def load(config: TaskConfig) -> Task:
         )
     wanted = TEST if config.test_questions is None else config.test_questions
     count = TRAIN if config.train_questions is None else config.train_questions
-    made = _make(config, wanted + count)
+    pool = _pool(config, wanted + count)
+    made = _make(config, pool, wanted + count)
     test = made[:wanted]
     held_out = {question.messages[-1]["content"] for question, _ in test}
     train = [row for row in made[wanted:] if row[0].messages[-1]["content"] not in held_out]
@@ -53,11 +54,13 @@ def load(config: TaskConfig) -> Task:
     worked = all(score == 1 for _, score in made)
     questions = [question for question, _ in train]
     function = rewards.load(config.reward, config.reward_limit) if config.reward else None
+    if function:
+        pool.stop()  # it made the questions, another judges
     return Task(
         name=f"reasoning_gym/{config.dataset}",
         train=questions,
         test=[question for question, _ in test],
-        verify=function.verify if function else _Judge(config, wanted + count),
+        verify=function.verify if function else _Judge(config, pool),
         examples=worked_examples(questions, _answer) if worked else None,
         demonstration=_answer if worked else None,
         solution=_answer if worked else None,
@@ -77,9 +80,9 @@ def _pool(config: TaskConfig, size: int) -> workers.Pool:
     return workers.Pool("reasoning_gym_worker.py", arguments)
 
 
-def _make(config: TaskConfig, count: int) -> list[tuple[Question, float]]:
+def _make(config: TaskConfig, pool: workers.Pool, count: int) -> list[tuple[Question, float]]:
     """The first questions, each with the score of its own answer."""
-    pool, made = _pool(config, count), []
+    made = []
     for index in range(count):
         try:
             found = pool.ask([index, None], START)
@@ -91,7 +94,6 @@ def _make(config: TaskConfig, count: int) -> list[tuple[Question, float]]:
                 f"within {START:.0f} s and the worker's memory"
             )
         made.append(_question(config, index, *found))
-    pool.stop()
     return made
 
 
@@ -126,8 +128,8 @@ def _notes(config: TaskConfig, left_out: int, worked: bool) -> list[str]:
 class _Judge:
     """The data set's own scores, as a task's `verify`."""
 
-    def __init__(self, config: TaskConfig, size: int) -> None:
-        self._config, self._pool = config, _pool(config, size)
+    def __init__(self, config: TaskConfig, pool: workers.Pool) -> None:
+        self._config, self._pool = config, pool
 
     def __call__(self, questions: Sequence[Question], responses: Sequence[str]) -> list[Outcome]:
         if len(questions) != len(responses):

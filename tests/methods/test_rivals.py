@@ -55,8 +55,7 @@ def half_right(monkeypatch):
 
 
 TRAINED = [  # both terms, every kind of evidence; the others but choose among the same functions
-    path if path.stem in ("cepo", "srpo") else pytest.param(path, marks=pytest.mark.slow)
-    for path in RIVALS
+    path if path.stem == "cepo" else pytest.param(path, marks=pytest.mark.slow) for path in RIVALS
 ]
 
 
@@ -74,6 +73,7 @@ def test_a_rival_trains(path, tmp_path, half_right):
         assert trained[0]["multiplier"] == pytest.approx(math.exp(trained[0]["information"]))
 
 
+@pytest.mark.slow
 def test_a_gated_teacher_is_refreshed_where_the_reward_rose_and_an_interruption_changes_nothing(
     tmp_path, half_right
 ):

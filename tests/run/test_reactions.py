@@ -28,7 +28,13 @@ def start(folder, reaction, steps=7, name=None, **changes) -> list[dict]:
     return rows(run / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("reaction", sorted(reactions.REACTIONS.keys() - {"none"}))
+@pytest.mark.parametrize(
+    "reaction",
+    [
+        name if name == "rehearse" else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(reactions.REACTIONS.keys() - {"none"})
+    ],
+)
 def test_a_run_reacts_once_from_the_next_update_on(reaction, tmp_path):
     found = start(tmp_path, reaction)
     assert [row.get("reaction") for row in found] == [None] * 4 + [reaction] + [None] * 2

@@ -33,13 +33,13 @@ def test_questions_are_those_of_the_data_set_and_none_is_in_both_parts(reversal)
 
 
 def test_the_same_seed_gives_the_same_questions_and_the_next_one_gives_others(reversal):
+    made = [load(config(options={"min_words": 3, "max_words": 4}, seed=seed)) for seed in (0, 1)]
     texts = [
         {question.messages[0]["content"] for question in (*task.train, *task.test)}
-        for seed in (0, 1)
-        for task in [load(config(options={"min_words": 3, "max_words": 4}, seed=seed))]
+        for task in (reversal, *made)
     ]
-    assert texts[0] == {q.messages[0]["content"] for q in (*reversal.train, *reversal.test)}
-    assert not texts[0] & texts[1]  # the package itself would share all but one
+    assert texts[0] == texts[1]
+    assert not texts[0] & texts[2]  # the package itself would share all but one
 
 
 def test_the_reward_is_the_score_of_the_data_set(reversal):
