@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.tasks import Outcome, TaskConfig, load, reasoning_gym, workers
+from pgpo_jax.tasks import (
+    Outcome,
+    TaskConfig,
+    load,
+    reasoning_gym,
+    reasoning_gym_worker,
+    workers,
+)
 from pgpo_jax.tasks.answers import NO_TAGS
 
 WORKER = Path(workers.__file__).with_name("reasoning_gym_worker.py")
@@ -18,8 +25,16 @@ def config(dataset="word_sequence_reversal", **changes):
     return TaskConfig(name="reasoning_gym", dataset=dataset, **changes)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    """Starting one takes seconds: the package imports all its data sets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "PROCESSES", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
-def reversal():
+def reversal(one_process):
     return load(config(options={"min_words": 3, "max_words": 4}))
 
 
@@ -74,17 +89,16 @@ def test_a_training_question_that_is_held_out_is_left_out_and_said():
     assert f"{40 - len(task.train)} training questions" in task.notes[0]
 
 
-def test_a_data_set_that_denies_its_own_answers_has_no_worked_examples(monkeypatch):
-    make = reasoning_gym._make
-    monkeypatch.setattr(reasoning_gym, "_make", lambda *a: [(q, 0.5) for q, _ in make(*a)])
+def test_a_data_set_that_denies_its_own_answers_has_no_worked_examples(monkeypatch, reversal):
+    made = [(question, 0.5) for question in (*reversal.test, *reversal.train)]
+    monkeypatch.setattr(reasoning_gym, "_make", lambda *_: made)
     task = load(config())
     assert task.examples is None and task.demonstration is None
     assert "no worked examples" in task.notes[0]
 
 
-def test_a_data_set_of_which_all_questions_are_held_out_is_refused(monkeypatch):
-    make = reasoning_gym._make
-    monkeypatch.setattr(reasoning_gym, "_make", lambda *a: [make(*a)[0]] * 12)
+def test_a_data_set_of_which_all_questions_are_held_out_is_refused(monkeypatch, reversal):
+    monkeypatch.setattr(reasoning_gym, "_make", lambda *_: [(reversal.test[0], 1.0)] * 12)
     with pytest.raises(InputError, match="only 1 different ones, all held out"):
         load(config())
 
@@ -92,10 +106,7 @@ def test_a_data_set_of_which_all_questions_are_held_out_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"dataset": "spel_backward"}, "task.dataset: got 'spel_backward'; .* has spell_backward"),
-        ({"options": {"max_word": 3}}, "task.options: got max_word; .* has max_words, min_words"),
         ({"options": {"max_words": 1}}, "task.options: got .*max_words must be >= min_words"),
-        ({"options": {"seed": 1}}, "task.options: got seed; "),
         ({"dataset": None}, "task.dataset: got nothing; "),
         ({"domain": "physics"}, "task.domain: got 'physics'; task.name = reasoning_gym"),
         ({"verifier": "math"}, "task.verifier: got 'math'; task.name = reasoning_gym"),
@@ -104,6 +115,20 @@ def test_a_data_set_of_which_all_questions_are_held_out_is_refused(monkeypatch):
 def test_what_cannot_be_asked_is_refused_in_one_line(changes, said):
     with pytest.raises(InputError, match=said):
         load(config(**changes))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the package's own imports
+@pytest.mark.parametrize(
+    ("dataset", "options", "said"),
+    [
+        ("spel_backward", {}, "task.dataset: got 'spel_backward'; .* has spell_backward"),
+        ("spell_backward", {"max_word": 3}, "task.options: got max_word; .* has data_file, max_"),
+        ("spell_backward", {"seed": 1}, "task.options: got seed; "),
+    ],
+)
+def test_its_process_names_what_there_is(dataset, options, said):
+    with pytest.raises(ValueError, match=said):
+        reasoning_gym_worker.create(dataset, options, 0, 1)
 
 
 def test_the_package_is_asked_for_by_its_extra(monkeypatch):
