@@ -43,7 +43,7 @@ class Tokens(NamedTuple):
     tokens: Int[Array, " tokens"]
     """The sampled tokens."""
     weights: Float[Array, " tokens"]
-    """Weight of a token's divergence (`losses.token_weights`). A token of weight 0 does not count,
+    """Weight of a token's divergence (`losses.loss_weights`). A token of weight 0 does not count,
     whatever it holds, but is measured like the others."""
     sampler_log_probs: Float[Array, " tokens"] | None = None
     """Log-probs under the policy that sampled, nats. None leaves the importance weights at 1, as

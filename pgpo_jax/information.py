@@ -120,21 +120,15 @@ def reduce(
     Returns:
       I in nats per response token; 0 when no response counts.
     """
-    weights = token_weights(response_mask, sample_mask)
+    lengths = jnp.sum(response_mask, axis=-1)
+    weights = response_mask * mean_weights(lengths, sample_mask)[:, None]
     return jnp.sum(jnp.where(weights > 0, terms, 0) * weights)
 
 
-def token_weights(
-    response_mask: Bool[Array, "batch time"], sample_mask: Bool[Array, " batch"]
-) -> Float[Array, "batch time"]:
-    """The weights of `reduce`. They sum to 1, or to 0 when no response counts."""
-    lengths = jnp.sum(response_mask, axis=-1)
-    return response_mask * response_weights(lengths, sample_mask)[:, None]
-
-
-def response_weights(
+def mean_weights(
     lengths: Int[Array, " batch"], sample_mask: Bool[Array, " batch"]
 ) -> Float[Array, " batch"]:
-    """The weight that `token_weights` gives each token of a response of so many tokens."""
+    """What `reduce` weighs each token of a response of so many tokens; over all tokens they sum to
+    1, or to 0 when no response counts."""
     counts = sample_mask & (lengths > 0)
     return counts / (jnp.maximum(lengths, 1) * jnp.maximum(jnp.sum(counts), 1))

@@ -167,7 +167,7 @@ def importance_weight(
     return jax.lax.stop_gradient(jnp.minimum(ratio, cap))
 
 
-def token_weights(
+def loss_weights(
     response_mask: Bool[Array, "batch time"],
     sample_mask: Bool[Array, " batch"],
     mode: Aggregation = "sequence_mean",
@@ -180,15 +180,15 @@ def token_weights(
     that count).
     """
     lengths = jnp.sum(response_mask, axis=-1)
-    return response_mask * response_weights(lengths, sample_mask, mode)[:, None]
+    return response_mask * aggregation_weights(lengths, sample_mask, mode)[:, None]
 
 
-def response_weights(
+def aggregation_weights(
     lengths: Int[Array, " batch"],
     sample_mask: Bool[Array, " batch"],
     mode: Aggregation = "sequence_mean",
 ) -> Float[Array, " batch"]:
-    """The weight that `token_weights` gives each token of a response of so many tokens."""
+    """The weight that `loss_weights` gives each token of a response of so many tokens."""
     if mode == "token_mean":
         return sample_mask / jnp.maximum(jnp.sum(sample_mask * lengths), 1)
     return sample_mask / (jnp.maximum(lengths, 1) * lengths.shape[0])
@@ -201,7 +201,7 @@ def aggregate(
     *,
     mode: Aggregation = "sequence_mean",
 ) -> Float[Array, ""]:
-    """The scalar loss from per-token terms: their sum weighted by `token_weights`.
+    """The scalar loss from per-token terms: their sum weighted by `loss_weights`.
 
     Args:
       per_token: Terms, `[batch, time]`; values outside the masks do not matter, NaN included.
@@ -209,5 +209,5 @@ def aggregate(
       sample_mask: True for the responses that have a teacher context, `[batch]`.
       mode: `sequence_mean` (SDPO's published code) or `token_mean`.
     """
-    weights = token_weights(response_mask, sample_mask, mode)
+    weights = loss_weights(response_mask, sample_mask, mode)
     return jnp.sum(jnp.where(weights > 0, per_token, 0) * weights)

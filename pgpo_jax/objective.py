@@ -91,7 +91,7 @@ def sdpo_weights(
     """Responses with a teacher context, weighed by `aggregation`."""
     del step
     lengths, context = responses.lengths, responses.has_context
-    weights = Weights(losses.response_weights(lengths, context, aggregation))
+    weights = Weights(losses.aggregation_weights(lengths, context, aggregation))
     return weights, jnp.any(context & (lengths > 0))
 
 

@@ -169,8 +169,8 @@ def _weights(
     lengths, context = responses.lengths, responses.has_context
     per_response = {
         "loss": weights,
-        "context": information.response_weights(lengths, context),
-        "every": information.response_weights(lengths, jnp.ones_like(context)),
+        "context": information.mean_weights(lengths, context),
+        "every": information.mean_weights(lengths, jnp.ones_like(context)),
     }
     return jax.tree.map(functools.partial(to_tokens, batch), per_response), learns
 

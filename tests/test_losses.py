@@ -203,7 +203,7 @@ def test_nothing_to_learn_from_is_a_loss_of_zero_with_zero_gradient(mode):
 @pytest.mark.parametrize("mode", ["sequence_mean", "token_mean"])
 def test_the_loss_does_not_depend_on_the_split_into_micro_batches(mode):
     terms = jnp.nan_to_num(TERMS)
-    weights = losses.token_weights(MASK, CONTEXT, mode)
+    weights = losses.loss_weights(MASK, CONTEXT, mode)
     parts = [jnp.sum(terms[i : i + 1] * weights[i : i + 1]) for i in range(3)]
     assert sum(parts) == pytest.approx(float(aggregate(terms, MASK, CONTEXT, mode=mode)))
 

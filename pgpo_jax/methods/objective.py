@@ -28,9 +28,8 @@ from jaxtyping import Array, Bool, Float
 from pgpo_jax import objective
 from pgpo_jax.errors import require
 from pgpo_jax.fused import Terms
-from pgpo_jax.information import response_weights
-from pgpo_jax.losses import Aggregation
-from pgpo_jax.losses import response_weights as loss_weights
+from pgpo_jax.information import mean_weights
+from pgpo_jax.losses import Aggregation, aggregation_weights
 from pgpo_jax.methods import targets
 from pgpo_jax.objective import Forward, GroupStatistics, Objective, Responses, Weights, weighted_sum
 
@@ -425,20 +424,22 @@ def _weights(
     unjudged = GroupStatistics(jnp.zeros_like(context), *[jnp.zeros(context.shape)] * 2)
     group: Any = responses.group or unjudged
     routes = route(config, group.success, context)
-    per_token = loss_weights(responses.lengths, routes.policy | routes.distillation, aggregation)
+    per_token = aggregation_weights(
+        responses.lengths, routes.policy | routes.distillation, aggregation
+    )
     coefficient = distillation_coefficient(config, step)
     questions = question_weights(config, group.success_rate)
     learned = routes.distillation & (coefficient != 0) & (questions != 0)
     weights = Weights(coefficient * questions * per_token * routes.distillation)
     if config.policy:
         policy, taught = _policy(config, responses, group, routes, step)
-        shares = response_weights(responses.lengths, routes.policy)
+        shares = mean_weights(responses.lengths, routes.policy)
         policy = policy._replace(weights=policy.weights * per_token, shares=shares)
         weights = weights._replace(policy=policy)
         learned |= taught
     if config.rehearsal:
         rehearsed = context & group.success
-        shares = response_weights(responses.lengths, rehearsed)
+        shares = mean_weights(responses.lengths, rehearsed)
         weights, learned = weights._replace(rehearsal=shares), learned | rehearsed
     return weights, jnp.any(learned & counts)
 

@@ -335,10 +335,10 @@ def test_weights_of_tokens_are_those_of_the_whole_batch(layout):
     batch = layout(SKEWED, mesh_of(2))
     for mode in ("sequence_mean", "token_mean"):
         masks = map(jnp.asarray, (SKEWED.response_mask, SKEWED.has_context))
-        expected = losses.token_weights(*masks, mode)
+        expected = losses.loss_weights(*masks, mode)
         by_token = dict(zip(SKEWED.responses.ravel().tolist(), expected.ravel(), strict=True))
         known = responses_of(batch)
-        flat = to_tokens(batch, losses.response_weights(known.lengths, known.has_context, mode))
+        flat = to_tokens(batch, losses.aggregation_weights(known.lengths, known.has_context, mode))
         assert not flat[~batch.response_mask].any()
         for token, weight in zip(batch.responses.ravel(), flat.ravel(), strict=True):
             assert weight == by_token.get(int(token), 0)
