@@ -40,11 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Small programs too: a test's second run, and its second process, find the first one's.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if config.option.markexpr != "slow":
-        # Most of the time is the compiler's, for models of a few thousand parameters. The slow
-        # tests, whose updates are many, and users have its full optimization.
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+    # Most of the time is the compiler's, for models of a few thousand parameters.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
 
 
 @pytest.fixture
