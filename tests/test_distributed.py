@@ -11,6 +11,7 @@ import time
 
 import pytest
 import yaml
+from marks import long
 from test_train import TINY, without_time
 
 
@@ -96,6 +97,7 @@ def test_two_and_four_processes_give_the_losses_of_one(write, tmp_path):
             assert values == pytest.approx(everything[place], rel=0.05, abs=5e-7)
 
 
+@long
 @pytest.mark.slow
 def test_two_processes_have_the_updates_of_one(write, tmp_path):
     changes = {

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from faulty import hit
+from marks import long
 from states import assert_bitwise_equal, make_state
 from test_distributed import finish, start
 from test_train import TINY, code, rows
@@ -32,9 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
 
-long = pytest.mark.skipif(
-    not os.environ.get("PGPO_JAX_LONG"), reason="takes minutes: PGPO_JAX_LONG=1 runs it"
-)
 RUN = {**TINY, "steps": 6, "checkpoint": {"every": 2}}
 
 
@@ -113,7 +111,7 @@ def test_a_warm_start_and_an_evaluation_end_within_a_step_and_a_batch_and_go_on(
 def test_a_warm_start_that_is_killed_goes_on_from_its_last_save(tmp_path, whole):
     warm = {"warm_start": {**RUN["warm_start"], "save_every": 1}}
     path = write(tmp_path, "run", **warm)
-    status, out, err = command_line(FAULTY, "warm start", 2, "SIGKILL", path)
+    status, out, err = command_line(FAULTY, "commit", 2, "SIGKILL", path)
     assert status == -signal.SIGKILL, (out, err)
     status, out, err = command_line("-m", "pgpo_jax.train", path)
     assert status == 0, err
@@ -461,6 +459,7 @@ def test_one_of_two_processes_is_killed_and_both_go_on_as_if_it_had_not_been(tmp
     assert_the_others_end_and_all_go_on(tmp_path, 2, 1, "rollout", 4, "SIGKILL")
 
 
+@long
 @pytest.mark.slow
 def test_two_processes_answer_a_signal_of_one_in_a_warm_start_and_an_evaluation(tmp_path):
     names = ("warm_start", "evaluation")

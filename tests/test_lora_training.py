@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from marks import long
 from test_step import ARCHITECTURE, BATCHES, assert_same, numbers, place
 from test_train import TINY, code, rows
 
@@ -75,8 +76,8 @@ def test_student_and_teacher_are_equal_until_the_first_update_and_the_average_fo
     "arrangement",
     [
         {"mesh": (2, 2, 2), "micro_batches": 2},
-        pytest.param({"packing": "always", "micro_batches": 2}, marks=pytest.mark.slow),
-        pytest.param({"mesh": (1, 1, 8)}, marks=pytest.mark.slow),
+        pytest.param({"packing": "always", "micro_batches": 2}, marks=[pytest.mark.slow, long]),
+        pytest.param({"mesh": (1, 1, 8)}, marks=[pytest.mark.slow, long]),
     ],
     ids=str,
 )
@@ -90,7 +91,7 @@ def test_an_update_is_the_same_on_any_mesh_and_in_pieces(arrangement):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refresh", ["live", "periodic", "trust_region"])
+@pytest.mark.parametrize("refresh", [pytest.param("live", marks=long), "periodic", "trust_region"])
 def test_every_teacher_follows_in_its_adapters(refresh):
     teacher = TeacherConfig(refresh=refresh, period=2)
     first, last, measured = updated(teacher=teacher)

@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from marks import long
 from test_train import ARCHITECTURE, code
 
 from pgpo_jax import checkpoint, config, data, hf, reprompt, tasks, train
@@ -54,12 +55,19 @@ def half_right(monkeypatch):
     monkeypatch.setattr(tasks, "load", judged)
 
 
-TRAINED = [  # both terms, every kind of evidence; the others but choose among the same functions
-    path if path.stem == "cepo" else pytest.param(path, marks=pytest.mark.slow) for path in RIVALS
-]
+LOSSES = {"demopsd", "grpo", "opsa_control", "rlsd", "srpo", "tgpo_adv", "veto"}
 
 
-@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+def when(path):
+    """CEPO has both terms and every kind of evidence; those of other losses are slow tests, and the
+    rest, which but choose among the same functions, are for a long run."""
+    if path.stem == "cepo":
+        return path
+    marks = [pytest.mark.slow] if path.stem in LOSSES else [pytest.mark.slow, long]
+    return pytest.param(path, marks=marks)
+
+
+@pytest.mark.parametrize("path", map(when, RIVALS), ids=lambda path: path.stem)
 def test_a_rival_trains(path, tmp_path, half_right):
     alpha = "1" if path.stem in ("grpo", "cepo") else "0"  # on top of each, so of these too
     assert code(train.main, *arguments(path, tmp_path, **{"optimizer.alpha": alpha})) == 0
