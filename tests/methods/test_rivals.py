@@ -67,7 +67,7 @@ def when(path):
     return pytest.param(path, marks=marks)
 
 
-@pytest.mark.parametrize("path", map(when, RIVALS), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [when(path) for path in RIVALS], ids=lambda path: path.stem)
 def test_a_rival_trains(path, tmp_path, half_right):
     alpha = "1" if path.stem in ("grpo", "cepo") else "0"  # on top of each, so of these too
     assert code(train.main, *arguments(path, tmp_path, **{"optimizer.alpha": alpha})) == 0
