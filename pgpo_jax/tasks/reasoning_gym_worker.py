@@ -8,6 +8,7 @@ limits of memory that the system enforces, and can then write no file, start no 
 connection. That stops accidents; it is no sandbox.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -86,6 +87,8 @@ def main(name: str, options: str, seed: str, size: str) -> None:
     except ValueError as error:
         return say(str(error))
     confine()
+    with contextlib.suppress(Exception):  # a question that cannot be made is its asker's to report
+        reply(dataset, 0, None)  # imports what scoring needs before the clock runs
     say("ready")
     for line in sys.stdin:
         index, answer, seconds = json.loads(line)
