@@ -163,8 +163,14 @@ def importance_weight(
       old_log_probs: Token log-probs under the policy that sampled.
       cap: Upper bound of the weight.
     """
-    ratio = jnp.exp(jnp.clip(log_probs - old_log_probs, -20.0, 20.0))
-    return jax.lax.stop_gradient(jnp.minimum(ratio, cap))
+    return jax.lax.stop_gradient(jnp.minimum(importance_ratio(log_probs, old_log_probs), cap))
+
+
+def importance_ratio(
+    log_probs: Float[Array, "*tokens"], old_log_probs: Float[Array, "*tokens"]
+) -> Float[Array, "*tokens"]:
+    """The probability over the old one; a gap of more than 20 nats counts as 20."""
+    return jnp.exp(jnp.clip(log_probs - old_log_probs, -20.0, 20.0))
 
 
 def loss_weights(

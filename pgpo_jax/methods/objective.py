@@ -29,7 +29,7 @@ from pgpo_jax import objective
 from pgpo_jax.errors import require
 from pgpo_jax.fused import Terms
 from pgpo_jax.information import mean_weights
-from pgpo_jax.losses import Aggregation, aggregation_weights
+from pgpo_jax.losses import Aggregation, aggregation_weights, importance_ratio
 from pgpo_jax.methods import targets
 from pgpo_jax.objective import Forward, GroupStatistics, Objective, Responses, Weights, weighted_sum
 
@@ -359,7 +359,7 @@ def surrogate(
       clip_low: How far the ratio may fall before the gradient stops.
       clip_high: How far it may rise.
     """
-    ratio = jnp.exp(jnp.clip(token_log_probs - old_log_probs, -20.0, 20.0))
+    ratio = importance_ratio(token_log_probs, old_log_probs)
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     return -jnp.minimum(ratio * advantages, clipped * advantages)
 
@@ -373,7 +373,7 @@ def is_clipped(
 ) -> Bool[Array, "*tokens"]:
     """Where `surrogate` has no gradient because the student has gone far enough: a positive
     advantage whose ratio is above its bound, a negative one whose ratio is below it."""
-    ratio = jnp.exp(jnp.clip(token_log_probs - old_log_probs, -20.0, 20.0))
+    ratio = importance_ratio(token_log_probs, old_log_probs)
     above, below = ratio > 1 + clip_high, ratio < 1 - clip_low
     return ((advantages > 0) & above) | ((advantages < 0) & below)
 
