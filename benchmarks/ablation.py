@@ -8,7 +8,8 @@ Every arm is the given configuration with a few fields set (`ARMS`). The runs of
 warm start, question order and random keys, so differences are taken within seeds. A run is what
 `python -m pgpo_jax.train` does, in a folder of its own, `OUTPUT/ARM/seed_N`: finished ones are
 skipped and interrupted ones resumed, so the same command goes on after any stop, and more seeds or
-arms can be added. Further fields are set as for training (`--steps 50`).
+arms can be added; `--finished` tells of those that are there. Further fields are set as for
+training (`--steps 50`).
 
 On an accelerator leave `--jobs` at 1: all runs happen in this process, on all devices. On CPUs
 `--jobs N` starts N processes of one thread each, which for tiny models is faster than N threads.
@@ -216,6 +217,14 @@ def is_finished(config: Config) -> bool:
     return dataclasses.replace(before, **free) == config and steps[-1] == config.steps
 
 
+def _is_done(study: Study, arm: str, seed: int) -> bool:
+    """Whether a run is finished; one whose REFERENCE is not there cannot be."""
+    try:
+        return is_finished(arm_config(study, arm, seed))
+    except (InputError, OSError):
+        return False
+
+
 def do_start(study: Study, seed: int) -> str | None:
     """Makes a seed's warm start and exports its student."""
     model = study.folder("start", seed) / "model"
@@ -370,6 +379,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--output", help="folder of the runs (default: the config's output_dir)")
+    parser.add_argument(
+        "--finished", action="store_true", help="tell of the runs that are finished; train none"
+    )
     parser.add_argument("--save", metavar="NAME", help="keep results/NAME.json, .png and .md")
     options, overrides = parser.parse_known_args(argv)
     arms = options.arms.split(",")
@@ -392,14 +404,17 @@ def main(argv: Sequence[str]) -> int:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
         jax.config.update("jax_compilation_cache_dir", cache)
 
-    problems = do_study(study, arms, options.jobs)
+    problems = [] if options.finished else do_study(study, arms, options.jobs)
     found = {
         (arm, seed): curves.read(study.folder(arm, seed))
         for arm in arms
         for seed in range(options.seeds)
         if not any(problem.startswith(f"{arm} seed {seed}:") for problem in problems)
+        and (not options.finished or _is_done(study, arm, seed))
     }
-    if not found:
+    arms = [arm for arm in arms if any(arm == name for name, _ in found)]
+    if BASELINE not in arms:
+        print(f"no run of {BASELINE} is finished: nothing to compare with", file=sys.stderr)
         return 1
     controls = [arm for arm in arms if needs_reference(arm)]
     result = ablation_report.summarise(found, BASELINE, {REFERENCE: controls})

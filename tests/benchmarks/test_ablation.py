@@ -242,6 +242,12 @@ def test_a_study_runs_from_warm_start_to_figure_and_goes_on_where_it_stopped(
     ]
     np.testing.assert_array_equal(*map(sorted, rho))
 
+    # Told of before all is there: no run is begun, and an arm without any is left out.
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation.train, "train", None)
+        _, told = run("sdpo,pgpo_1.0,grpo", "--finished")
+    assert told["runs"] == result["runs"]
+
     # Other settings in the same folder are an error in one line, and no result.
     assert ablation.main([*arguments, "--arms", "sdpo", "--optimizer.eps", "1e-6"]) == 1
     assert "optimizer.eps: got 1e-06; " in capsys.readouterr().out
