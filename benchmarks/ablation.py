@@ -55,6 +55,7 @@ REVERSE = {"optimizer.alpha": 0.0, "distillation.kind": "reverse_kl"}
 
 GRPO = {
     "data.updates_per_rollout": 1,
+    "data.without_context": "keep",
     "optimizer.alpha": 0.0,
     "objective.distillation": 0.0,
     "objective.policy": 1.0,
@@ -114,6 +115,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "teacher.refresh": "frozen",
     },
     "opsa_control": {
+        "data.without_context": "keep",
         "optimizer.alpha": 0.0,
         "objective.distillation": 0.0,
         "objective.policy": 1.0,

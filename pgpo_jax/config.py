@@ -93,6 +93,11 @@ class Config:
                         "objective.policy, whose ratio to the sampler's probabilities would stay "
                         "below 1 wherever tokens were left out, clipped without a gradient"
                     )
+        if self.objective.policy and self.data.without_context == "drop":
+            raise InputError(
+                "data.without_context: got drop; must be keep with objective.policy, which learns "
+                "from responses whether or not their teacher got a context"
+            )
         if self.optimizer.name == "muon" and self.model.lora.rank:
             raise InputError(
                 f"optimizer.name: got muon with model.lora.rank = {self.model.lora.rank}; it is "

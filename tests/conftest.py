@@ -24,6 +24,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("default")
 
+# Most of the time would be the compiler's, for models of a few thousand parameters: these make its
+# work a quarter. What the programs compute stays; the quickstart's tests run without them.
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Points the caches of jax and Hugging Face into pytest's own, before any test imports them."""
@@ -40,9 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Small programs too: a test's second run, and its second process, find the first one's.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    # Most of the time is the compiler's, for models of a few thousand parameters.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK_TO_COMPILE]).strip()
 
 
 @pytest.fixture

@@ -108,6 +108,11 @@ ROOT = Path(__file__).parent.parent
             "sampling.num_samples: got 1; objective.policy compares the responses of a question, "
             "so it needs at least 2",
         ),
+        "a policy gradient without its responses": (
+            "objective: {policy: 1}\ndata: {without_context: drop}",
+            "data.without_context: got drop; must be keep with objective.policy, which learns from "
+            "responses whether or not their teacher got a context",
+        ),
         "another teacher that follows": (
             "teacher: {path: models/large}",
             "teacher.refresh: got 'ema'; must be frozen where teacher.path names another model",

@@ -89,6 +89,12 @@ class Examples(NamedTuple):
         """Some of the rows, as wide as all."""
         return jax.tree.map(lambda array: array[rows], self)
 
+    def with_context_only(self) -> Examples:
+        """The examples with every response empty whose teacher got nothing: a row without tokens
+        takes no room where rows are packed."""
+        kept = self.response_mask & self.has_context[:, None]
+        return self._replace(response_mask=kept)
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -121,6 +127,13 @@ class DataConfig:
     there. Only the order of sums differs; micro-batches may become fewer.
     """
 
+    without_context: Literal["keep", "drop"] = "keep"
+    """Responses whose teacher got no context, from which self-distillation learns nothing: `keep`
+    them in the update, for what is measured of every response (`sampler_mismatch`,
+    `importance_weight`); or `drop` them, which saves their part of an update's time where rows are
+    packed, and then these are means over the others and their tokens have no divergence in
+    `samples.jsonl`. Nothing else changes but the order of sums."""
+
     max_prompt_length: int = 2048
     """Longest question prompt in tokens; a longer one is never cut, see `over_long`."""
 
@@ -145,6 +158,7 @@ class DataConfig:
             ),
             passes=(self.passes >= 1, "at least 1"),
             micro_batches=(self.micro_batches >= 1, "at least 1"),
+            without_context=(self.without_context in ("keep", "drop"), "keep or drop"),
             max_prompt_length=(self.max_prompt_length >= 1, "at least 1"),
         )
 

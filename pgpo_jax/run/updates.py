@@ -60,7 +60,10 @@ def make_updates(run: Run, state: TrainState) -> Callable[[TrainState, Examples]
             examples = _recompute(score, state.student, examples, parts, run)
         found, divergence = [], {}
         for index, rows in enumerate(parts):
-            batch = data.pack(examples.take(rows), config.data, mesh)
+            taken = examples.take(rows)
+            if config.data.without_context == "drop":
+                taken = taken.with_context_only()
+            batch = data.pack(taken, config.data, mesh)
             last = () if len(parts) == 1 else (np.int32(index + 1 == len(parts)),)
             placed = sharding.to_global(batch, mesh)
             state, measured = train_step(state, placed, run.policy.frozen, *last)

@@ -98,7 +98,7 @@ def prepared(objective=GRPO, **settings):
     """The updates of a run with these settings of `data`, and a first state."""
     graphdef, params, where = model()
     config = Config(
-        data=DataConfig(questions_per_step=QUESTIONS, packing="never", **settings),
+        data=DataConfig(**{"questions_per_step": QUESTIONS, "packing": "never", **settings}),
         sampling=SAMPLING,
         distillation=DISTILLATION,
         objective=objective,
@@ -198,6 +198,28 @@ def test_recomputed_log_probs_are_the_students_before_the_first_update():
     for name, value in expected(params).items():
         np.testing.assert_allclose(row[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
     assert row["clip_fraction"] == 0
+
+
+def test_responses_without_a_context_can_be_left_out_and_nothing_else_changes():
+    examples = REWARDED[0]._replace(has_context=np.arange(ROWS) % 4 == 1)
+    alone = {"objective": ObjectiveConfig(), "packing": "always"}
+    results = []
+    for without_context in ("keep", "drop"):
+        update, state = prepared(**alone, without_context=without_context)
+        results.append(update(state, examples))
+    (kept, row, told), (dropped, other, some) = map(jax.device_get, results)
+    chex.assert_trees_all_close(dropped, kept, rtol=1e-5, atol=1e-7)
+    of_every = {"padding_fraction", "importance_weight", "sampler_mismatch"}
+    assert all(other[name] == pytest.approx(row[name]) for name in row.keys() - of_every)
+    assert not row["skipped"]
+    for each, whole, trained in zip(some, told, examples.has_context, strict=True):
+        np.testing.assert_allclose(each, whole if trained else [], rtol=1e-4, atol=1e-6)
+    settings = DataConfig(QUESTIONS, packing="always")
+    widest, packed = (
+        data.pack(each, settings, model()[2]).views["teacher"].tokens.size
+        for each in (examples, examples.with_context_only())
+    )
+    assert packed < widest
 
 
 # ---- what is told --------------------------------------------------------------------------------
