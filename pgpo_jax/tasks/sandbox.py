@@ -89,15 +89,8 @@ def _bubblewrap(python: str) -> list[str]:
             "task.sandbox: got 'bubblewrap', which is not installed; `apt install bubblewrap` "
             "(Linux only), or choose none, which runs programs unprotected"
         )
-    options = [
-        "--unshare-all",
-        "--as-pid-1",
-        "--new-session",
-        "--clearenv",
-        "--hostname",
-        "sandbox",
-    ]
-    options += ["--uid", NOBODY, "--gid", NOBODY, "--cap-drop", "ALL"]
+    options = ["--unshare-all", "--as-pid-1", "--new-session", "--clearenv"]
+    options += ["--hostname", "sandbox", "--uid", NOBODY, "--gid", NOBODY, "--cap-drop", "ALL"]
     options += ["--ro-bind", "/usr", "/usr"]
     for folder in ("/lib", "/lib64"):
         if os.path.islink(folder):

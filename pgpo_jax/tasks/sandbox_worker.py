@@ -21,6 +21,7 @@ import builtins
 import ctypes
 import errno
 import fcntl
+import gc
 import importlib
 import itertools
 import json
@@ -50,6 +51,7 @@ LOOK = 0.1
 SHOWN = 2000
 """Characters of a value or a message that go into an answer."""
 FILE = "<program>"
+"""What a program's code is called in its tracebacks."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 # --- what a process may not do --------------------------------------------------------------------
@@ -63,15 +65,13 @@ SYSTEM_CALLS = {
         # fork vfork execve execveat; ptrace process_vm_readv process_vm_writev; unshare setns;
         # memfd_create memfd_secret shmget semget msgget mq_open: memory that no limit counts;
         # add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_setup
-        (57, 58, 59, 322, 101, 310, 311, 272, 308, 319, 447, 29, 64, 68, 240)
-        + (248, 249, 250, 321, 298, 323, 425),
+        "57 58 59 322 101 310 311 272 308 319 447 29 64 68 240 248 249 250 321 298 323 425",
     ),
     "aarch64": (
         0xC00000B7,
         220,
         435,
-        (221, 281, 117, 270, 271, 97, 268, 279, 447, 194, 190, 186, 180)
-        + (217, 218, 219, 280, 241, 282, 425),
+        "221 281 117 270 271 97 268 279 447 194 190 186 180 217 218 219 280 241 282 425",
     ),
 }
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -88,7 +88,7 @@ def system_call_filter(machine: str) -> bytes:
     architecture, clone, clone3, refused = SYSTEM_CALLS[machine]
     steps = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL)]
     steps += [(_LOAD, 0, 0, 0), (_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]  # x32
-    for number in refused:
+    for number in map(int, refused.split()):
         steps += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERROR | errno.EPERM)]
     # Its flags lie in memory, where a filter cannot look; the C library then takes clone.
     steps += [(_EQUAL, 0, 1, clone3), (_RETURN, 0, 0, _ERROR | errno.ENOSYS)]
@@ -252,9 +252,8 @@ def problem(error: BaseException, source: str) -> dict[str, Any]:
     known = [kind.__name__ for kind in type(error).__mro__]
     name = next((name for name in known if isinstance(getattr(builtins, name, None), type)), "")
     said = [line.strip() for line in traceback.format_exception_only(error) if line.strip()]
-    text = next(
-        (line for line in reversed(said) if line.startswith(type(error).__name__)), said[-1]
-    )
+    own = [line for line in said if line.startswith(type(error).__name__)]
+    text = own[-1] if own else said[-1]
     return {"error": text[:SHOWN], "type": name, "line": where}
 
 
@@ -262,7 +261,9 @@ def open_streams() -> Any:
     """Python's streams on files 0 to 2; gives that of the output."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         mode = "w" if number else "r"
-        stream = open(number, mode, encoding="utf-8", errors="surrogateescape", closefd=False)
+        stream = open(  # noqa: SIM115 (they stay open)
+            number, mode, encoding="utf-8", errors="surrogateescape", closefd=False
+        )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     return sys.stdout
@@ -503,12 +504,7 @@ def judge(source: str, test: str, entry_point: str | None) -> dict[str, Any]:
     except EOFError:
         return {"kind": "ended", "loading": True}
     except Exception as error:
-        found = getattr(error, "problem", None)
-        return {
-            "kind": "error",
-            "loading": True,
-            **(found or {"error": "", "type": "", "line": ""}),
-        }
+        return {"loading": True, **getattr(error, "problem", {}), "kind": "error"}
     try:
         tree = ast.parse(test)
         own = _tested_names(tree)
@@ -532,9 +528,9 @@ def judge(source: str, test: str, entry_point: str | None) -> dict[str, Any]:
         return {"kind": "wrong", "compared": error.args}
     except BaseException as error:
         if (found := getattr(error, "problem", None)) is not None:
-            return {"kind": "error", **found}
+            return {**found, "kind": "error"}
         if isinstance(error, NameError):
-            return {"kind": "error", **problem(error, "")}
+            return {**problem(error, ""), "kind": "error"}
         return {"kind": "wrong"}
     return {"kind": "passed"}
 
@@ -618,6 +614,23 @@ def _read(file: int) -> bytes:
     return os.pread(file, OUTPUT, 0)
 
 
+def read_line() -> bytearray | None:
+    """The next request, None where there is none; no other copy of it stays in memory."""
+    line, used = bytearray(65536), 0
+    while not used or line[used - 1] != 10:
+        if used == len(line):
+            longer = bytearray(4 * used)
+            longer[:used] = line
+            line[:] = bytes(used)
+            line = longer
+        with memoryview(line) as view, view[used:] as rest:
+            if not (size := os.readv(0, [rest])):
+                return None
+        used += size
+    del line[used:]  # in place
+    return line
+
+
 def answer(line: bytearray) -> dict[str, Any] | None:
     """Runs what a request asks for; None where nobody waits for it any more.
 
@@ -671,26 +684,23 @@ def main() -> None:
     os.chdir("/tmp")
     answers = os.fdopen(os.dup(1), "w")
 
-    def say(value: Any) -> None:
-        print(json.dumps(value), file=answers, flush=True)
+    def say(value: Any, *, last: bool = False) -> None:
+        print("!" * last + json.dumps(value), file=answers, flush=True)
 
     if os.uname().machine not in SYSTEM_CALLS:
         return say(f"programs run on {' and '.join(SYSTEM_CALLS)} only, not {os.uname().machine}")
+    gc.freeze()  # what is there now is not looked at again in any child, nor copied for that
     _control(4, 0)  # PR_SET_DUMPABLE: no process of this user reads this one's memory
     if not _works():
         return say("a process that can start no other (seccomp) is not to be had here")
     say("ready")
     clean = True
     while clean:
-        line = bytearray()
-        while not line.endswith(b"\n"):
-            if not (chunk := os.read(0, 65536)):
-                return None
-            line += chunk
-        if (found := answer(line)) is None:
+        line = read_line()
+        if line is None or (found := answer(line)) is None:
             return None
         clean = os.getpid() != 1 or not os.listdir("/tmp")
-        say(found)
+        say(found, last=not clean)
     return None
 
 

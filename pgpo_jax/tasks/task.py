@@ -124,9 +124,9 @@ class TaskConfig:
     """What is asked and how it is judged (config section `task`)."""
 
     name: Name = "addition"
-    """`addition`, `code` (small programs, judged by tests): built in, no files. `sciknoweval`: four science domains of multiple-choice
-    questions. `reasoning_gym`: one of the hundred procedural data sets of that package. `dataset`:
-    your files, folder or Hugging Face data set."""
+    """`addition`, `code` (small programs, judged by tests): built in, no files. `sciknoweval`: four
+    science domains of multiple-choice questions. `reasoning_gym`: one of the hundred procedural
+    data sets of that package. `dataset`: your files, folder or Hugging Face data set."""
 
     path: str | None = None
     """`sciknoweval`: a folder with `<domain>/{train,test}.jsonl` (default: the hub data set).
@@ -167,9 +167,8 @@ class TaskConfig:
     verifier: Literal["multiple_choice", "math", "exact", "numeric", "tool_use", "code"] | None = (
         None
     )
-    """`dataset`: how a response is compared with the column `answer` (or set `reward`). `code`: its
-    program, the last fenced block or all of it, is run with the column `tests` (docs/code_tasks.md).
-    """
+    """`dataset`: how a response is compared with the column `answer` (or set `reward`). `code`: the
+    last fenced block of the response, or all of it, is a program that the column `tests` tests."""
 
     reward: str | None = None
     """Your own reward, `module:function`, called as in TRL: `f(prompts, completions, **columns)`

@@ -2,12 +2,14 @@
 
 A worker is a script that imports neither jax nor the package. It writes one line of JSON when it is
 ready, then reads one request `[..., seconds]` a line and writes one answer a line; null is no
-answer. It ends itself when a request takes longer than its seconds.
+answer. It ends itself when a request takes longer than its seconds, and after an answer whose line
+begins with `!`.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -107,7 +109,11 @@ class _Process:
         if answer is None:
             self.stop()
             return None
-        return json.loads(answer)
+        if answer.startswith(b"!"):  # its last one; it may take a moment to end
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+            self.stop()
+        return json.loads(answer.lstrip(b"!"))
 
     def _running(self) -> bool:
         return self._process is not None and self._process.poll() is None
