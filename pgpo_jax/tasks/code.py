@@ -9,6 +9,7 @@ are right. So a model of 100,000 parameters can learn it from its own better-inf
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ CHAT_TEMPLATE = (
     "{%- elif not loop.last or add_generation_prompt -%}{{- '\\n' -}}{%- endif -%}{%- endfor -%}"
 )
 
-Steps = Sequence[tuple[str, int]]
+Steps = Sequence[Sequence[Any]]  # words and numbers
 
 
 def prompt(steps: Steps) -> str:
@@ -82,11 +83,10 @@ def value(steps: Steps, x: int) -> int:
 def steps_of(index: int, seed: int) -> list[tuple[str, int]]:
     """The steps of the `index`-th of `COUNT` questions in the order that `seed` gives; no question
     comes twice."""
-    # An odd multiplier permutes the residues of a power of two, and so does a shift of the bits.
+    # An odd factor permutes the residues of a power of two, and so does a turn of their bits.
     place = index
-    for round_ in range(3):
-        mixed = np.random.default_rng([seed, round_]).integers(COUNT, size=2).tolist()
-        place = (place * (2 * mixed[0] + 1) + mixed[1]) % COUNT
+    for factor, shift in _rounds(seed):
+        place = (place * (2 * factor + 1) + shift) % COUNT
         place = (place >> 7) | ((place & 127) << 7)
     steps = []
     for _ in range(2):
@@ -95,6 +95,11 @@ def steps_of(index: int, seed: int) -> list[tuple[str, int]]:
         place, second = divmod(place, len(NUMBERS))
         steps += [(WORDS[sign], NUMBERS[first]), ("times", NUMBERS[second])]
     return steps
+
+
+@functools.cache
+def _rounds(seed: int) -> list[list[int]]:
+    return np.random.default_rng(seed).integers(COUNT, size=(3, 2)).tolist()
 
 
 def make_tokenizer() -> Any:
