@@ -98,7 +98,8 @@ def system_call_filter(machine: str) -> bytes:
 
 
 def _control(option: int, *values: Any) -> None:
-    if _libc.prctl(option, *values, *[0] * (4 - len(values))):
+    given = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in values]
+    if _libc.prctl(option, *given, *[ctypes.c_ulong(0)] * (4 - len(given))):
         raise OSError(ctypes.get_errno(), f"prctl {option}")
 
 
