@@ -646,7 +646,24 @@ def test_bad_data_is_refused(given, expected, refused):
         "no such verifier": (
             {"verifier": "guess"},
             "task.verifier: got 'guess'; must be one of multiple_choice, math, exact, numeric, "
-            "tool_use or null",
+            "tool_use, code or null",
+        ),
+        "programs without tests": (
+            {"verifier": "code"},
+            "task.path: 9 of 9 rows: questions.jsonl:1: got the columns prompt, answer; must have "
+            "'tests' | ...",
+        ),
+        "no processes": (
+            {"verifier": "math", "workers": 0},
+            "task.workers: got 0; must be at least 1, or null (all cores)",
+        ),
+        "another sandbox": (
+            {"verifier": "code", "sandbox": "docker"},
+            "task.sandbox: got 'docker'; must be one of bubblewrap, none",
+        ),
+        "a sandbox for nothing": (
+            {"verifier": "exact", "sandbox": "none"},
+            "task.sandbox: got 'none'; no program of the model is run, so leave it out",
         ),
         "no time for a comparison": (
             {"time_limit": 0},

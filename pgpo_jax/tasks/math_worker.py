@@ -198,7 +198,8 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         full = full or peak() > min(start + GROWTH, limit - MARGIN)
-        print(json.dumps(verdict or (None if full else verdict)), file=answers, flush=True)
+        said = json.dumps(verdict or (None if full else verdict))
+        print(f"!{said}" if full else said, file=answers, flush=True)
         if full:
             break
 

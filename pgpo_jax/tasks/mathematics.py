@@ -20,7 +20,7 @@ from pgpo_jax.tasks.answers import Outcome, gold_text, last_boxed
 NO_BOX = "The response has no \\boxed{} answer."
 LONGEST = 2000
 """Characters; no answer is longer, and parsing one takes for ever."""
-_pool = workers.Pool("math_worker.py")
+_pool = workers.Pool(workers.script("math_worker.py"))
 
 
 def require_math_verify() -> None:

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pgpo_jax.errors import InputError
@@ -77,7 +76,7 @@ def _pool(config: TaskConfig, size: int) -> workers.Pool:
     """
     seed = int.from_bytes(hashlib.sha256(str(config.seed).encode()).digest()[:4], "big") // 2
     arguments = (str(config.dataset), json.dumps(config.options), str(seed), str(size))
-    return workers.Pool("reasoning_gym_worker.py", arguments)
+    return workers.Pool(workers.script("reasoning_gym_worker.py", *arguments))
 
 
 def _make(config: TaskConfig, pool: workers.Pool, count: int) -> list[tuple[Question, float]]:
@@ -134,8 +133,7 @@ class _Judge:
     def __call__(self, questions: Sequence[Question], responses: Sequence[str]) -> list[Outcome]:
         if len(questions) != len(responses):
             raise ValueError(f"{len(questions)} questions and {len(responses)} responses")
-        with ThreadPoolExecutor(workers.PROCESSES) as threads:
-            return list(threads.map(self._judge, questions, responses))
+        return workers.spread(self._judge, questions, responses, workers=self._config.workers)
 
     def _judge(self, question: Question, response: str) -> Outcome:
         given, tagged = tagged_answer(response)

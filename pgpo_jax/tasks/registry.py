@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from pgpo_jax.tasks import addition, dataset, reasoning_gym, sciknoweval
+from pgpo_jax.tasks import addition, code, dataset, reasoning_gym, sciknoweval
 from pgpo_jax.tasks.task import Task, TaskConfig
 
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {
     "addition": addition.load,
+    "code": code.load,
     "sciknoweval": sciknoweval.load,
     "reasoning_gym": reasoning_gym.load,
     "dataset": dataset.load,

@@ -17,10 +17,13 @@ from pgpo_jax.errors import InputError, require
 from pgpo_jax.tasks.answers import Outcome
 from pgpo_jax.tasks.verifiers import VERIFIERS
 
-Name = Literal["addition", "sciknoweval", "reasoning_gym", "dataset"]
+Name = Literal["addition", "code", "sciknoweval", "reasoning_gym", "dataset"]
 Domain = Literal["biology", "chemistry", "materials", "physics"]
-COLUMNS = ("prompt", "answer", "system", "feedback", "solution", "options")
+PROGRAMS = ("tests", "public_tests", "entry_point", "time_limit")
+COLUMNS = ("prompt", "answer", "system", "feedback", "solution", "options", *PROGRAMS)
+CHECKS = (*VERIFIERS, "code")
 MOST_SECONDS = 24 * 3600
+_SANDBOXED = ("sandbox", "partial_credit", "feedback_limit")
 Verify = Callable[[Sequence["Question"], Sequence[str]], list[Outcome]]
 
 
@@ -121,9 +124,9 @@ class TaskConfig:
     """What is asked and how it is judged (config section `task`)."""
 
     name: Name = "addition"
-    """`addition`: built in, no files. `sciknoweval`: four science domains of multiple-choice
-    questions. `reasoning_gym`: one of the hundred procedural data sets of that package. `dataset`:
-    your files, folder or Hugging Face data set."""
+    """`addition`, `code` (small programs, judged by tests): built in, no files. `sciknoweval`: four
+    science domains of multiple-choice questions. `reasoning_gym`: one of the hundred procedural
+    data sets of that package. `dataset`: your files, folder or Hugging Face data set."""
 
     path: str | None = None
     """`sciknoweval`: a folder with `<domain>/{train,test}.jsonl` (default: the hub data set).
@@ -149,7 +152,8 @@ class TaskConfig:
     """`dataset`: which columns are meant, such as `{prompt: question, answer: target}`. Besides
     these two: `system`, `feedback`, `solution`, and for `multiple_choice` the column of `options`
     (a list, or `text` and `label`), which are then shown below the prompt as `A: text`; the answer
-    may be a label, an option's text or an index from 0."""
+    may be a label, an option's text or an index from 0. For `code`, in place of the answer:
+    `tests`, `public_tests`, `entry_point`, `time_limit`."""
 
     domain: Domain = "chemistry"
     """`sciknoweval`: which domain."""
@@ -160,8 +164,11 @@ class TaskConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """`reasoning_gym`: the settings of that data set, such as `{max_words: 5}`."""
 
-    verifier: Literal["multiple_choice", "math", "exact", "numeric", "tool_use"] | None = None
-    """`dataset`: how a response is compared with the column `answer` (or set `reward`)."""
+    verifier: Literal["multiple_choice", "math", "exact", "numeric", "tool_use", "code"] | None = (
+        None
+    )
+    """`dataset`: how a response is compared with the column `answer` (or set `reward`). `code`: the
+    last fenced block of the response, or all of it, is a program that the column `tests` tests."""
 
     reward: str | None = None
     """Your own reward, `module:function`, called as in TRL: `f(prompts, completions, **columns)`
@@ -177,19 +184,33 @@ class TaskConfig:
 
     time_limit: float = 5.0
     """Seconds for one comparison by the verifier math or one score of `reasoning_gym`; a longer one
-    counts as failed (reward 0)."""
+    counts as failed (reward 0). Seconds for one test of a program, if its row states none."""
+
+    workers: int | None = None
+    """Processes that compare by math-verify, score for `reasoning_gym` or run programs at the same
+    time (null: as many as this process may use cores)."""
+
+    sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
+    """Where programs of the model run: in a sandbox of `bubblewrap`, without network and files, or,
+    with `none`, unprotected, as you: only where the whole machine is a sandbox."""
+
+    partial_credit: bool = False
+    """The reward of a program is the part of its tests that it passes, not 1 for all of them."""
+
+    feedback_limit: int = 2000
+    """Most characters of the feedback on a program."""
 
     train_questions: int | None = None
     """Use only the first so many training questions (default: all; `addition`: 1,000,000;
     `reasoning_gym`: 10,000)."""
 
     test_questions: int | None = None
-    """Use only the first so many held-out questions (default: all; `addition` and `reasoning_gym`:
-    256)."""
+    """Use only the first so many held-out questions (default: all; `addition`, `code` and
+    `reasoning_gym`: 256)."""
 
     seed: int = 0
-    """Chooses the questions of `addition` and `reasoning_gym`, and those that `test_fraction` holds
-    out."""
+    """Chooses the questions of `addition`, `code` and `reasoning_gym`, and those that
+    `test_fraction` holds out."""
 
     def __post_init__(self) -> None:
         counts = (self.train_questions, self.test_questions)
@@ -199,9 +220,12 @@ class TaskConfig:
             name=(self.name in get_args(Name), f"one of {', '.join(get_args(Name))}"),
             domain=(self.domain in get_args(Domain), f"one of {', '.join(get_args(Domain))}"),
             verifier=(
-                self.verifier in (None, *VERIFIERS),
-                f"null or one of {', '.join(VERIFIERS)}",
+                self.verifier in (None, *CHECKS),
+                f"null or one of {', '.join(CHECKS)}",
             ),
+            workers=(self.workers is None or self.workers >= 1, "at least 1, or null (all cores)"),
+            sandbox=(self.sandbox in ("bubblewrap", "none"), "bubblewrap or none"),
+            feedback_limit=(self.feedback_limit >= 1, "at least 1 (characters)"),
             time_limit=(0 < self.time_limit < MOST_SECONDS, "positive (seconds), a day at most"),
             reward_limit=(
                 0 < self.reward_limit < MOST_SECONDS,
@@ -242,8 +266,10 @@ class TaskConfig:
         common = {"name", "reward", "reward_limit", "train_questions", "test_questions"}
         read = {
             "addition": common | {"seed"},
+            "code": common | {"seed", "time_limit", "workers", *_SANDBOXED},
             "sciknoweval": common | {"path", "domain", "require_tags"},
-            "reasoning_gym": common | {"seed", "dataset", "options", "require_tags", "time_limit"},
+            "reasoning_gym": common
+            | {"seed", "dataset", "options", "require_tags", "time_limit", "workers"},
             "dataset": names - {"domain", "dataset", "options"},
         }[self.name]
         verifier = self.verifier
@@ -258,8 +284,13 @@ class TaskConfig:
         if self.reward or (verifier not in tagged and self.name != "reasoning_gym"):
             judge = "task.reward" if self.reward else f"the verifier {verifier}"
             found.setdefault("require_tags", f"{judge} does not read it")
-        if verifier != "math" and (self.reward or self.name != "reasoning_gym"):
-            found.setdefault("time_limit", "it is for the verifier math and for reasoning_gym")
+        runs = self.reward is None and (self.name == "code" or verifier == "code")
+        if verifier != "math" and not runs and (self.reward or self.name != "reasoning_gym"):
+            for name in ("time_limit", "workers"):
+                reason = "it is for the verifiers math and code and for reasoning_gym"
+                found.setdefault(name, reason)
+        if not runs:
+            found |= dict.fromkeys(_SANDBOXED, "no program of the model is run")
         if self.test_path is not None:
             found["test_split"] = "task.test_path says what is held out"
         named = [name for name in ("test_path", "test_split") if getattr(self, name) is not None]
@@ -267,4 +298,6 @@ class TaskConfig:
             found["test_fraction"] = f"task.{named[0]} says what is held out"
         if verifier != "multiple_choice" and "options" in self.columns:
             found["columns"] = "`options` are for the verifier multiple_choice"
+        if verifier != "code" and self.columns.keys() & set(PROGRAMS):
+            found["columns"] = f"{', '.join(PROGRAMS)} are for the verifier code"
         return found

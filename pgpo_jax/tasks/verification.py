@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import partial
 from typing import Any
 
-from pgpo_jax.tasks import mathematics, rows, workers
+from pgpo_jax.tasks import mathematics, programs, rows, workers
 from pgpo_jax.tasks.answers import Outcome
 from pgpo_jax.tasks.rows import RowError
 from pgpo_jax.tasks.task import Question, TaskConfig, Verify
@@ -24,6 +23,8 @@ def verify_by(config: TaskConfig, name: str) -> Verify:
 
     A row's own feedback replaces the check's.
     """
+    if name == "code":
+        return programs.verify_programs(config)
     check = make_check(config, name)
 
     def judge(question: Question, response: str) -> Outcome:
@@ -36,8 +37,7 @@ def verify_by(config: TaskConfig, name: str) -> Verify:
             raise ValueError(f"{len(questions)} questions and {len(responses)} responses")
         if name != "math":
             return list(map(judge, questions, responses))
-        with ThreadPoolExecutor(workers.PROCESSES) as threads:
-            return list(threads.map(judge, questions, responses))
+        return workers.spread(judge, questions, responses, workers=config.workers)
 
     return verify
 

@@ -2,12 +2,14 @@
 
 A worker is a script that imports neither jax nor the package. It writes one line of JSON when it is
 ready, then reads one request `[..., seconds]` a line and writes one answer a line; null is no
-answer. It ends itself when a request takes longer than its seconds.
+answer. It ends itself when a request takes longer than its seconds, and after an answer whose line
+begins with `!`.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -15,26 +17,47 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-PROCESSES = min(4, os.cpu_count() or 1)
-"""How many requests are worked on at the same time."""
 READY = "ready"
+Found = TypeVar("Found")
+
+
+def script(name: str, *arguments: str) -> list[str]:
+    """The command that runs a file beside this one."""
+    return [sys.executable, "-P", str(Path(__file__).with_name(name)), *arguments]
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def spread(
+    judge: Callable[..., Found], *columns: Iterable[Any], workers: int | None = None
+) -> list[Found]:
+    """`judge` of every row, `workers` at a time (None: as many as cores), in the rows' order."""
+    with ThreadPoolExecutor(workers or cores()) as threads:
+        return list(threads.map(judge, *columns))
 
 
 class Pool:
-    """At most `PROCESSES` requests at a time, each by a process that is free.
+    """As many processes as there are requests at the same time.
 
     The process used last is used first, so that requests one by one start only one.
     """
 
-    def __init__(self, script: str, arguments: Sequence[str] = ()) -> None:
-        """`script` is the name of a file beside this one; no process is started yet."""
-        path = str(Path(__file__).with_name(script))
-        self._free = [_Process([path, *arguments]) for _ in range(PROCESSES)]
-        self._count = threading.Semaphore(PROCESSES)
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
+        """`command` runs a worker, in this environment (None: ours); none is started yet."""
+        self._command, self._environment = command, environment
+        self._free: list[_Process] = []
+        self._lock = threading.Lock()
         atexit.register(self.stop)
 
     def ask(self, request: Sequence[Any], seconds: float) -> Any:
@@ -42,13 +65,15 @@ class Pool:
 
         Raises:
           ValueError: What the worker says instead of being ready.
-          RuntimeError: No process of this script starts.
+          RuntimeError: No process of this command starts.
         """
-        with self._count:
-            process = self._free.pop()
-            try:
-                return process.ask([*request, seconds], seconds)
-            finally:
+        with self._lock:
+            process = self._free.pop() if self._free else None
+        process = process or _Process(self._command, self._environment)
+        try:
+            return process.ask([*request, seconds], seconds)
+        finally:
+            with self._lock:
                 self._free.append(process)
 
     def stop(self) -> None:
@@ -58,16 +83,16 @@ class Pool:
 
 
 class _Process:
-    """A script as a persistent process, started when needed, replaced when it ends.
+    """A command as a persistent process, started when needed, replaced when it ends.
 
     A plain child process and not multiprocessing: that would import the caller's main script again.
     """
 
     START_LIMIT = 120.0  # seconds; importing sympy on a busy machine
-    works: ClassVar[set[str]] = set()  # the scripts of which one has ever started
+    works: ClassVar[set[str]] = set()  # the commands of which one has ever started
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self._command = command
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None) -> None:
+        self._command, self._environment = command, environment
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: Sequence[Any], seconds: float) -> Any:
@@ -84,7 +109,11 @@ class _Process:
         if answer is None:
             self.stop()
             return None
-        return json.loads(answer)
+        if answer.startswith(b"!"):  # its last one; it may take a moment to end
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+            self.stop()
+        return json.loads(answer.lstrip(b"!"))
 
     def _running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -92,7 +121,8 @@ class _Process:
     def _start(self) -> bool:
         self.stop()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", *self._command],
+            self._command,
+            env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -102,13 +132,14 @@ class _Process:
         first = self._read(self.START_LIMIT)
         if first is None:
             self.stop()
-            if self._command[0] not in self.works:  # not one response's fault, so not a reward of 0
-                raise RuntimeError(f"a process of this script does not start: {self._command[0]}")
+            command = " ".join(self._command)
+            if command not in self.works:  # not one response's fault, so not a reward of 0
+                raise RuntimeError(f"a process of this command does not start: {command}")
             return False
         if (said := json.loads(first)) != READY:
             self.stop()
             raise ValueError(said)
-        self.works.add(self._command[0])
+        self.works.add(" ".join(self._command))
         return True
 
     def _read(self, seconds: float) -> bytes | None:

@@ -21,20 +21,13 @@ WORKER = Path(workers.__file__).with_name("reasoning_gym_worker.py")
 
 
 def config(dataset="word_sequence_reversal", **changes):
-    changes = {"train_questions": 8, "test_questions": 4} | changes
+    # One worker: starting one takes seconds, for the package imports all its data sets.
+    changes = {"train_questions": 8, "test_questions": 4, "workers": 1} | changes
     return TaskConfig(name="reasoning_gym", dataset=dataset, **changes)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    """Starting one takes seconds: the package imports all its data sets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "PROCESSES", 1)
-        yield
-
-
 @pytest.fixture(scope="module")
-def reversal(one_process):
+def reversal():
     return load(config(options={"min_words": 3, "max_words": 4}))
 
 
