@@ -6,6 +6,7 @@ derives from the seed, the question's place and the number of the step, so what 
 done again from its beginning and comes out as it would have.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from pgpo_jax import data, keys, methods
 from pgpo_jax.data import Rollouts
 from pgpo_jax.discovery import DiscoveryConfig, Found, Method, summarise
-from pgpo_jax.errors import InputError
+from pgpo_jax.errors import InputError, RunError
 from pgpo_jax.evaluation import Pace, answer, verify, within_training
 from pgpo_jax.keys import Stream
 from pgpo_jax.logs import jsonl, read_multipliers
@@ -226,7 +227,8 @@ def run_discovery(run: Run, models: Models, session: Session) -> dict[str, Any]:
 
     Raises:
       InputError: No question is hard, failed attempts get no feedback, or files of another run.
-      Interrupted: A signal; what is finished is in the folder.
+      RunError: The folder cannot be written; what is finished is there.
+      Interrupted: A signal; likewise.
     """
     config, folder = run.config.discovery, Path(run.config.output_dir)
     questions = candidates(run)
@@ -254,10 +256,12 @@ def run_discovery(run: Run, models: Models, session: Session) -> dict[str, Any]:
             if (place, method) in records.found:
                 continue
             trial = Trial(one, questions[place], place)
-            records.append(attempt(begin(trial, method), trial, method, session.stopping))
+            record = attempt(begin(trial, method), trial, method, session.stopping)
+            with _written(folder):
+                records.append(record)
+                told = _summary(records.found, hard, config)
+                write_file(str(folder), CURVES, json.dumps(told) + "\n")
             done += 1
-            told = _summary(records.found, hard, config)
-            write_file(str(folder), CURVES, json.dumps(told) + "\n")
             writer.progress("discovery", done, len(pairs), _solved(records.found))
             if done < len(pairs) and session.stopping():
                 raise Interrupted
@@ -317,7 +321,8 @@ def _screened(
         "failed": len(failed),
         "failed_with_feedback": sum(bool(each.feedback) for each in failed),
     }
-    write_file(folder, SCREENING, json.dumps(found) + "\n")
+    with _written(path.parent):
+        write_file(folder, SCREENING, json.dumps(found) + "\n")
     return found
 
 
@@ -392,6 +397,17 @@ class Records:
     def _keep(self, record: Mapping[str, Any]) -> None:
         pair = record["place"], record["method"]
         self.found[pair] = Found(record["attempts"], tuple(record["successes"]))
+
+
+@contextlib.contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"output_dir: {folder} cannot be written ({error.strerror}); the same command goes on "
+            "where that ended"
+        ) from error
 
 
 def _summary(
