@@ -31,7 +31,7 @@ def reward(prompts, completions, **columns):
     calls.append(len(completions))
     if os.environ.get("STOP_AT") == str(len(calls)):
         os.kill(os.getpid(), signal.SIGTERM)
-    return [(1.0, "") if text.startswith("7") else (0.0, "+1++++") for text in completions]
+    return [(1.0, "") if text[:1] in tuple("379") else (0.0, "+1++++") for text in completions]
 """
 """A success for any model now and then, and feedback on everything else."""
 SECTIONS = TINY | {
@@ -40,8 +40,8 @@ SECTIONS = TINY | {
     "reprompt": {"max_length": 19},
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
     "discovery": {
-        **{"questions": 3, "candidates": 8, "screening_samples": 4, "max_success_rate": 0.25},
-        **{"attempts": 8, "samples_per_step": 4, "conversations": 2, "turns": 1},
+        **{"questions": 3, "candidates": 8, "screening_samples": 4, "max_success_rate": 0.5},
+        **{"attempts": 8, "samples_per_step": 4, "turns": 1},
     },
 }
 
@@ -55,14 +55,14 @@ def records(folder):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """The folder of a user who gave the command for `whole` once, and for `parts`, which a signal
-    stopped twice, three times; and the exit codes."""
+    stopped, twice; and the exit codes."""
     folder, codes = tmp_path_factory.mktemp("discovery"), []
     (folder / "discovery_rewards.py").write_text(REWARD)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
         rewards = importlib.import_module("discovery_rewards")
-        for name, stop_at in (("whole", 0), ("parts", 1), ("parts", 4), ("parts", 0)):
+        for name, stop_at in (("whole", 0), ("parts", 5), ("parts", 0)):
             Path(f"{name}.yaml").write_text(yaml.safe_dump(SECTIONS | {"output_dir": name}))
             rewards.calls.clear()
             patch.setenv("STOP_AT", str(stop_at))
@@ -72,7 +72,7 @@ def ran(tmp_path_factory):
 
 def test_an_interrupted_discovery_ends_as_one_without_an_interruption(ran):
     folder, codes = ran
-    assert codes == [0, 75, 75, 0]
+    assert codes == [0, 75, 0]
     whole, parts = folder / "whole", folder / "parts"
     assert records(whole) == records(parts)
     for name in ("screening.json", "discovery.json", "metrics.jsonl"):
@@ -91,7 +91,7 @@ def test_every_method_has_a_record_of_every_question_within_the_budget(ran):
         else:  # ends with the first success
             assert row["successes"] in ([], [row["attempts"]])
             assert row["successes"] or row["attempts"] == 8
-        assert row["response"].startswith("7") == bool(row["successes"])
+        assert (row["response"][:1] in tuple("379")) == bool(row["successes"])
         assert not row["skipped_updates"]  # every failure had feedback to learn from
 
 
