@@ -10,6 +10,7 @@ from pgpo_jax import fields
 from pgpo_jax.checkpoint import CheckpointConfig
 from pgpo_jax.command import Argument, Arguments, Command, Option, parse
 from pgpo_jax.data import DataConfig
+from pgpo_jax.discovery import DiscoveryConfig
 from pgpo_jax.errors import InputError, require
 from pgpo_jax.evaluation import EvaluationConfig
 from pgpo_jax.hf import ModelSection
@@ -57,6 +58,8 @@ class Config:
     """AdamW and the multiplier."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """avg@k on held-out questions."""
+    discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
+    """Hard questions and the budget of attempts at each, for the command `discover`."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What is saved, and when."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

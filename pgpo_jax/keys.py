@@ -25,6 +25,10 @@ class Stream(enum.IntEnum):
     """The worked examples of a supervised step."""
     MINI_BATCHES = 1_000_007
     """The order of a step's questions in a pass over its rollout."""
+    SCREENING = 1_000_021
+    """The tokens of the responses that tell which questions are hard."""
+    DISCOVERY = 1_000_022
+    """The tokens of the attempts at a hard question, and what a teacher is shown of them."""
     ADAPTERS = 1_000_011
     """The first adapters, folded into the key of the parameters."""
 

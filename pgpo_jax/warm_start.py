@@ -176,7 +176,9 @@ def _encode(
     prompts = data.encode(
         tokenizer,
         [
-            teacher_messages(example.question.messages, example.demonstration, "", templates)
+            teacher_messages(
+                example.question.messages, example.demonstration, example.feedback, templates
+            )
             for example in examples
         ],
         max_length=sys.maxsize if policy.prompts.over_long == "drop" else limit,

@@ -7,19 +7,20 @@ from typing import Literal
 
 import pytest
 
-from pgpo_jax import checkpoint, config, convert, evaluate, fields, plan, report, train
+from pgpo_jax import checkpoint, config, convert, discover, evaluate, fields, plan, report, train
 from pgpo_jax.command import Argument, Command, Option, parse
 from pgpo_jax.errors import InputError
 
 PROGRAMS = {
     "train": train.main,
     "evaluate": evaluate.main,
+    "discover": discover.main,
     "convert": convert.main,
     "plan": plan.main,
     "report": report.main,
     "checkpoint": checkpoint.main,
 }
-WITH_A_CONFIGURATION = ("train", "evaluate", "plan")
+WITH_A_CONFIGURATION = ("train", "evaluate", "discover", "plan")
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,8 @@ def test_every_config_loads_and_its_dump_is_the_same_config(path, tmp_path):
 def test_every_config_opens_with_what_it_is_and_its_command(path):
     opening = path.read_text().split("\n\n")[0]
     assert opening.startswith("#")
-    assert f"python -m pgpo_jax.train {path.relative_to(ROOT)}" in opening
+    command = "discover" if path.stem == "discover" else "train"
+    assert f"python -m pgpo_jax.{command} {path.relative_to(ROOT)}" in opening
 
 
 def test_there_are_configs():

@@ -39,6 +39,7 @@ SHOWN = {
     r"eval/(pass@\d+)": "{} {:.1%}",
     "eval/format": "well-formed {:.0%}",
     r"eval/([\w-]+)/(avg@\d+)": "{} {} {:.1%}",
+    r"solved/(\w+)": "{} {:.0%}",
 }
 """What a line of progress shows, where a row has it (a pattern), and how: the pattern's groups,
 then the value."""

@@ -29,6 +29,17 @@ class Series(NamedTuple):
     """float64; NaN where the run has null."""
 
 
+class Discovery(NamedTuple):
+    """discovery@k of one method, by k."""
+
+    attempts: np.ndarray
+    share: np.ndarray
+    """Of the questions that were solved within k attempts, 0 to 1."""
+    low: np.ndarray
+    """Of its interval."""
+    high: np.ndarray
+
+
 @dataclass
 class RunLog:
     """One run's folder, read."""
@@ -97,6 +108,31 @@ def read_samples(run: RunLog, take: Callable[[dict[str, Any]], Any]) -> list[Any
     if not run.samples_path.exists():
         return []
     return [take(record) for record in _rows(run.samples_path, run.notes)]
+
+
+def read_discovery(run: RunLog) -> dict[str, Discovery]:
+    """discovery@k of every method that the command `discover` left in a run's folder.
+
+    Raises:
+      InputError: The file is there, and not what that writes.
+    """
+    path, columns = run.folder / "discovery.json", Discovery._fields
+    if not path.exists():
+        return {}
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))["methods"]
+        found = {
+            str(method): Discovery(*(np.array(values[name], float) for name in columns))
+            for method, values in told.items()
+        }
+        if not all(len({(len(x), x.ndim) for x in each}) == 1 for each in found.values()):
+            raise ValueError("columns of different lengths")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"RUN: {path} cannot be read ({type(error).__name__}: {error}); must be as discover "
+            "wrote it"
+        ) from error
+    return found
 
 
 def read_multipliers(path: str | None) -> list[float]:
@@ -218,7 +254,8 @@ def _read(folder: Path, name: str) -> RunLog:
         steps = sorted(column)
         run.metrics[metric] = Series(np.array(steps), np.array([column[step] for step in steps]))
     planned, what = run.config.get("steps"), "updates" if run.updates_a_step == 1 else "steps"
-    if isinstance(planned, int) and run.steps < planned:
+    discovers = (folder / "screening.json").exists()  # it makes no updates of its own
+    if isinstance(planned, int) and run.steps < planned and not discovers:
         run.notes.insert(0, f"has {run.steps} of {planned} {what}: interrupted, or still going on")
     return run
 

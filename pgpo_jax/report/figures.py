@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.logs import Experiment, RunLog, Series
+from pgpo_jax.logs import Experiment, RunLog, Series, read_discovery
 
 # Stand-ins, replaced by the page's variables of the same position.
 PALETTE = (
@@ -111,6 +111,7 @@ SECTIONS: dict[str, list[Panel]] = {
         ),
     ],
 }
+DISCOVERY = "Discovery"
 EVERYTHING_ELSE = "Everything else"
 AGAINST = "Multiplier against information"
 BESIDE_THE_VALUE = re.compile(r".*/(low|high)$|eval/(.+/)?questions$|.+/left_out$")
@@ -131,6 +132,7 @@ def sections(experiments: Sequence[Experiment]) -> dict[str, list[Picture]]:
             for title, panels in planned.items()
         }
         drawn["Information and multiplier"] += _against(experiments)
+        drawn = {DISCOVERY: _discovery(experiments)} | drawn
         known = [name for panels in planned.values() for panel in panels for name in panel.metrics]
         drawn[EVERYTHING_ELSE] = [
             picture
@@ -299,6 +301,32 @@ def _against(experiments: Sequence[Experiment]) -> list[Picture]:
     if any(_rule(run) for _, run, _, _ in points):
         note += " Line: exp(alpha x information) within its bounds."
     return [Picture(AGAINST, note, [], _svg(figure))]
+
+
+def _discovery(experiments: Sequence[Experiment]) -> list[Picture]:
+    """Questions solved within k attempts, a line style for every method."""
+    curves = [
+        (row, *named)
+        for row, experiment in enumerate(experiments)
+        for run in experiment.runs
+        for named in read_discovery(run).items()
+    ]
+    if not curves:
+        return []
+    methods = list(dict.fromkeys(method for _, method, _ in curves))
+    styles = {method: STYLES[i % len(STYLES)] for i, method in enumerate(methods)}
+    figure, axes = _axes()
+    for row, method, (attempts, share, low, high) in curves:
+        colour, style = _stand_in(row), styles[method]
+        axes.fill_between(attempts, low, high, color=colour, alpha=0.1, linewidth=0)
+        axes.plot(attempts, share, color=colour, linestyle=style, marker="o", markersize=3)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("attempts")
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    note = "Hard questions solved within so many attempts, with 95 % intervals over questions."
+    return [Picture("discovery@k", note, [(styles[m], m) for m in methods], _svg(figure))]
 
 
 def _paired(run: RunLog) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,10 @@
-"""What training needs around its loop: setup, folder, session, evaluation, records, reactions."""
+"""What training needs around its loop: setup, folder, session, evaluation, discovery, records,
+reactions."""
 
 from pgpo_jax.run import reactions
 from pgpo_jax.run.checks import check_siblings
-from pgpo_jax.run.evaluation import evaluate_sets
+from pgpo_jax.run.discovery import Models, run_discovery
+from pgpo_jax.run.evaluation import Interrupted, evaluate_sets
 from pgpo_jax.run.folder import claim_folder, hold_folder, lock_folder
 from pgpo_jax.run.record import Clock, records, summarise, token_columns
 from pgpo_jax.run.session import STOPPED, Session
@@ -13,6 +15,8 @@ from pgpo_jax.run.warm_up import warm_up
 __all__ = [
     "STOPPED",
     "Clock",
+    "Interrupted",
+    "Models",
     "Run",
     "Session",
     "check_rows",
@@ -28,6 +32,7 @@ __all__ = [
     "make_updates",
     "reactions",
     "records",
+    "run_discovery",
     "summarise",
     "token_columns",
     "warm_up",

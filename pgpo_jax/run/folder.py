@@ -80,7 +80,7 @@ def claim_folder(config: Config, elsewhere: str | None = None) -> list[str]:
             ]
         for field, folder, name, text in files:
             try:
-                _write(folder, name, text)
+                write_file(folder, name, text)
             except OSError as error:
                 problem = problem or _not_written(field, error, folder)
     _all_or_none(problem)
@@ -163,7 +163,7 @@ def _read(folder: str, name: str) -> str | None:
         raise InputError(f"{path} cannot be read ({error})") from error
 
 
-def _write(folder: str, name: str, text: str) -> None:
+def write_file(folder: str, name: str, text: str) -> None:
     """The same, written: on a disk through a second file, so that there is never half of one."""
     if "://" in folder:
         (epath.Path(folder) / name).write_text(text)

@@ -5,15 +5,21 @@ digits of the sum in the same order and the end token. The tutor's worked exampl
 with probability 1/2, so that a perfect imitator of plain questions is right 25.8 % of the time and
 no lower temperature sharpens its way out, while the examples that show a demonstration carry the
 true sum: a model that can use a demonstration, and has much to learn from it.
+
+Two settings (`task.options`) make questions that are hard for one attempt and an environment that
+says what is wrong with it: a tutor who forgets more carries, and feedback on one wrong digit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from pgpo_jax import fields
 from pgpo_jax.errors import InputError
 from pgpo_jax.tasks import rewards
 from pgpo_jax.tasks.answers import Outcome
@@ -36,6 +42,19 @@ CHAT_TEMPLATE = (
 )
 
 
+class Settings(NamedTuple):
+    """What `task.options` may change."""
+
+    forgets: float = 0.5
+    """Probability that the tutor forgets a carry."""
+    feedback: bool = False
+    """Whether a wrong response is told one of its wrong digits, and worked examples show how that
+    is used."""
+
+
+PLAIN = Settings()
+
+
 def digits(value: int, count: int) -> str:
     """`count` decimal digits of `value`, least significant first."""
     return f"{value:0{count}d}"[::-1]
@@ -51,9 +70,9 @@ def true_sum(first: int, second: int) -> str:
     return digits(first + second, DIGITS + 1)
 
 
-def tutor_sum(first: int, second: int, rng: np.random.Generator) -> str:
+def tutor_sum(first: int, second: int, rng: np.random.Generator, forgets: float = 0.5) -> str:
     """The tutor's response: at every carry, a coin decides whether it is forgotten."""
-    forgotten = rng.random(DIGITS) < 0.5
+    forgotten = rng.random(DIGITS) < forgets
     carry, out = 0, []
     for position in range(DIGITS):
         carry, digit = divmod(first % 10 + second % 10 + carry, 10)
@@ -66,6 +85,26 @@ def tutor_sum(first: int, second: int, rng: np.random.Generator) -> str:
 def well_formed(response: str) -> bool:
     """Whether a response is any six digits, right or wrong."""
     return len(response) == DIGITS + 1 and response.isascii() and response.isdigit()
+
+
+def feedback(response: str, answer: str) -> str:
+    """What is said of a wrong response: its first wrong digit, at its place, as `+6++++`; nothing
+    of one that is no six digits. Not which digit is right, and not whether others are wrong."""
+    if response == answer or not well_formed(response):
+        return ""
+    place = next(i for i, digit in enumerate(response) if digit != answer[i])
+    return "".join(digit if i == place else "+" for i, digit in enumerate(response))
+
+
+def corrected_sum(
+    first: int, second: int, told: str, rng: np.random.Generator, forgets: float
+) -> str:
+    """What the tutor responds where feedback tells a wrong digit: without it, else as ever."""
+    place = next((i for i, digit in enumerate(told) if digit != "+"), None)
+    while True:
+        response = tutor_sum(first, second, rng, forgets)
+        if place is None or response[place] != told[place]:
+            return response
 
 
 def operands(index: int, seed: int) -> tuple[int, int]:
@@ -91,22 +130,28 @@ def _hash(value: int, seed: int, round_: int) -> int:
 
 
 def worked_examples(
-    rng: np.random.Generator, count: int
-) -> Iterator[tuple[int, int, str | None, str]]:
-    """Warm-start rows as (first, second, demonstration or None, response).
+    rng: np.random.Generator, count: int, settings: Settings = PLAIN
+) -> Iterator[tuple[int, int, str | None, str, str]]:
+    """Warm-start rows as (first, second, demonstration or None, feedback, response).
 
     Half the rows are plain with the tutor's response, the others show a demonstration and carry
     the true sum. In every other row of each kind the addends have a random length of 1 to 5 digits
-    (zero padded): without this curriculum some seeds stay on a plateau.
+    (zero padded): without this curriculum some seeds stay on a plateau. With feedback, every other
+    row with a demonstration shows instead what is said of a response of the tutor's, and responds
+    as the tutor who knows that.
     """
     for row in range(count):
         length = int(rng.integers(1, DIGITS + 1)) if row // 2 % 2 else DIGITS
         first, second = (int(value) for value in rng.integers(0, 10**length, 2))
-        if row % 2:
-            answer = true_sum(first, second)
-            yield first, second, answer, answer
+        answer = true_sum(first, second)
+        if row % 2 == 0:
+            yield first, second, None, "", tutor_sum(first, second, rng, settings.forgets)
+        elif settings.feedback and row // 4 % 2:
+            told = feedback(tutor_sum(first, second, rng, settings.forgets), answer)
+            response = corrected_sum(first, second, told, rng, settings.forgets)
+            yield first, second, None, told, response
         else:
-            yield first, second, None, tutor_sum(first, second, rng)
+            yield first, second, answer, "", answer
 
 
 def make_tokenizer() -> Any:
@@ -158,18 +203,44 @@ def _question(first: int, second: int) -> Question:
     )
 
 
-def _verify(questions: Sequence[Question], responses: Sequence[str]) -> list[Outcome]:
+def _verify(
+    settings: Settings, questions: Sequence[Question], responses: Sequence[str]
+) -> list[Outcome]:
     return [
-        Outcome(float(response == question.answer), well_formed=well_formed(response))
+        Outcome(
+            float(response == question.answer),
+            feedback(response, question.answer) if settings.feedback else "",
+            well_formed(response),
+        )
         for question, response in zip(questions, responses, strict=True)
     ]
 
 
-def _examples(rng: np.random.Generator, count: int) -> list[Example]:
+def _examples(settings: Settings, rng: np.random.Generator, count: int) -> list[Example]:
     return [
-        Example(_question(first, second), demonstration, response)
-        for first, second, demonstration, response in worked_examples(rng, count)
+        Example(_question(first, second), demonstration, response, told)
+        for first, second, demonstration, told, response in worked_examples(rng, count, settings)
     ]
+
+
+def _settings(options: Mapping[str, Any]) -> Settings:
+    """The settings that `task.options` states.
+
+    Raises:
+      InputError: An unknown one, or a value that it cannot have.
+    """
+    if unknown := [name for name in options if name not in Settings._fields]:
+        known = ", ".join(Settings._fields)
+        raise InputError(f"task.options: got {unknown[0]}; addition has {known}")
+    settings = Settings(**options)
+    number = type(settings.forgets) in (int, float) and math.isfinite(settings.forgets)
+    if not number or not 0 <= settings.forgets < 1:
+        got = fields.show(settings.forgets)
+        raise InputError(f"task.options: got forgets {got}; must be at least 0 and below 1")
+    if type(settings.feedback) is not bool:
+        got = fields.show(settings.feedback)
+        raise InputError(f"task.options: got feedback {got}; must be true or false")
+    return settings
 
 
 def load(config: TaskConfig) -> Task:
@@ -182,13 +253,14 @@ def load(config: TaskConfig) -> Task:
             f"{COUNT**2} questions"
         )
     function = rewards.load(config.reward, config.reward_limit) if config.reward else None
+    settings = _settings(config.options)
     return Task(
         name="addition",
         train=Questions(test, train, config.seed),
         test=Questions(0, test, config.seed),
-        verify=function.verify if function else _verify,
+        verify=function.verify if function else functools.partial(_verify, settings),
         templates=TEMPLATES,
-        examples=_examples,
+        examples=functools.partial(_examples, settings),
         demonstration=lambda question: question.answer,
         solution=lambda question: question.answer,
         tokenizer=make_tokenizer(),

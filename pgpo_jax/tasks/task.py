@@ -49,6 +49,8 @@ class Example(NamedTuple):
     """What the prompt shows, as the teacher's would; None for the plain question."""
     response: str
     """What the model shall answer (the end token follows it)."""
+    feedback: str = ""
+    """What the prompt shows of an earlier attempt; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,9 @@ class TaskConfig:
     """`reasoning_gym`: which of its data sets, such as `word_sequence_reversal`."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    """`reasoning_gym`: the settings of that data set, such as `{max_words: 5}`."""
+    """`reasoning_gym`: the settings of that data set, such as `{max_words: 5}`. `addition`:
+    `forgets`, the probability that the tutor forgets a carry (default 0.5), and `feedback`, whether
+    a wrong response is told one of its wrong digits (default false)."""
 
     verifier: Literal["multiple_choice", "math", "exact", "numeric", "tool_use", "code"] | None = (
         None
@@ -265,7 +269,7 @@ class TaskConfig:
         names = {entry.name for entry in fields(TaskConfig)}
         common = {"name", "reward", "reward_limit", "train_questions", "test_questions"}
         read = {
-            "addition": common | {"seed"},
+            "addition": common | {"seed", "options"},
             "code": common | {"seed", "time_limit", "workers", *_SANDBOXED},
             "sciknoweval": common | {"path", "domain", "require_tags"},
             "reasoning_gym": common

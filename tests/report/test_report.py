@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from refusal import table
 
 from pgpo_jax import config, report
-from pgpo_jax.errors import printable
+from pgpo_jax.errors import InputError, printable
 from pgpo_jax.logs import MetricsConfig, Writer, reader
 from pgpo_jax.report import figures, page, samples
 
@@ -121,6 +121,22 @@ def test_the_accuracy_on_a_further_set_is_drawn_beside_the_first(write):
     assert accuracy.legend == [("solid", "avg@k"), ("dashed", "far")]
     rest = [picture.title for picture in drawn.get(figures.EVERYTHING_ELSE, [])]
     assert not [title for title in rest if title.startswith("eval/")]
+
+
+def test_discovery_is_drawn_with_a_line_style_for_every_method(tmp_path):
+    (tmp_path / "config.yaml").write_text(config.dump(config.Config()))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "screening/hard": 3}\n')
+    (tmp_path / "screening.json").write_text("{}")
+    curve = {"attempts": [1, 2], "share": [0.0, 0.5], "low": [0.0, 0.2], "high": [0.3, 0.8]}
+    told = {"methods": {"distillation": curve, "best_of": curve}}
+    (tmp_path / "discovery.json").write_text(json.dumps(told))
+    (picture,) = figures.sections(reader.experiments(reader.read_runs([tmp_path])))["Discovery"]
+    assert picture.legend == [("solid", "distillation"), ("dashed", "best_of")]
+    assert "attempts" in picture.svg
+    for broken in ("{", "[]", '{"methods": {"a": {}}}', '{"methods": {"a": 1}}'):
+        (tmp_path / "discovery.json").write_text(broken)
+        with pytest.raises(InputError, match=r"RUN: .*discovery\.json cannot be read \("):
+            reader.read_discovery(reader.read_runs([tmp_path])[0])
 
 
 def test_a_run_becomes_a_page_with_its_curves_numbers_and_configuration(write):

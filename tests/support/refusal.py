@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pgpo_jax import convert, evaluate, plan, report, train
+from pgpo_jax import convert, discover, evaluate, plan, report, train
 from pgpo_jax.errors import command
 
 ARCHITECTURE = {
@@ -36,6 +36,7 @@ TINY = {
 COMMANDS = {
     "train": train.main,
     "evaluate": evaluate.main,
+    "discover": discover.main,
     "convert": convert.main,
     "plan": plan.main,
     "report": report.main,

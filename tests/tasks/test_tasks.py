@@ -81,6 +81,52 @@ def test_half_of_the_worked_examples_show_the_true_sum():
         assert np.mean(padded[1::2]) > 0.6 > 0.3 > np.mean(padded[0::2])
 
 
+def test_feedback_names_the_first_wrong_digit_and_no_right_one():
+    answer = addition.true_sum(99999, 1)  # 000001
+    assert addition.feedback("000001", answer) == ""
+    assert addition.feedback("00001", answer) == ""  # nor is anything said of another form
+    assert addition.feedback("050091", answer) == "+5++++"
+    task = load(TaskConfig(options={"feedback": True, "forgets": 0.75}))
+    question = task.test[0]
+    wrong = "".join(str((int(digit) + 1) % 10) for digit in question.answer)
+    right, told, other = task.verify([question] * 3, [question.answer, wrong, "x"])
+    assert (right.reward, right.feedback) == (1, "")
+    assert (told.reward, told.feedback) == (0, f"{wrong[0]}+++++")
+    assert (other.reward, other.feedback, other.well_formed) == (0, "", False)
+    assert not load(TaskConfig()).verify([question], [wrong])[0].feedback
+
+
+def test_a_worked_example_with_feedback_is_right_where_it_was_told():
+    examples = load(TaskConfig(options={"feedback": True, "forgets": 0.75})).examples
+    assert examples is not None
+    rows = examples(np.random.default_rng(0), 400)
+    told = [row for row in rows if row.feedback]
+    assert 70 < len(told) <= 100  # where the tutor was right there is nothing to tell
+    assert not [row for row in told if row.demonstration]
+    for row in told:
+        place = next(i for i, digit in enumerate(row.feedback) if digit != "+")
+        assert row.feedback[place] != row.question.answer[place]
+        assert row.feedback[place] != row.response[place]
+    plain = rows[::2]
+    assert not [row for row in plain if row.feedback or row.demonstration]
+    assert np.mean([row.response == row.question.answer for row in plain]) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forget": 0.5}, "task.options: got forget; addition has forgets, feedback"),
+        ({"forgets": 1}, "task.options: got forgets 1; must be at least 0 and below 1"),
+        ({"forgets": "half"}, "task.options: got forgets 'half'; must be at least 0 and below 1"),
+        ({"feedback": 1}, "task.options: got feedback 1; must be true or false"),
+    ],
+)
+def test_a_setting_of_addition_that_there_is_not_is_refused(options, message):
+    with pytest.raises(InputError) as error:
+        load(TaskConfig(options=options))
+    assert str(error.value) == message
+
+
 def test_the_tokenizer_is_small_and_round_trips(tmp_path):
     from transformers import AutoTokenizer
 
