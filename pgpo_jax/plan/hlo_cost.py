@@ -176,14 +176,14 @@ def _operation(
     module: Module, computation: Computation, item: Instruction, count: int
 ) -> Operation:
     kind, sent, group, started = _collective(module, computation, item)
-    flops = matrix = 0
+    flops = matrix = attention = 0
+    inside = [(computation, item)] if kind is None else []
     if item.opcode == "fusion":
-        for inner in _fused(module, called(item, "calls")):
-            of, instruction = inner
-            all_flops, products = _flops(of, instruction)
-            flops, matrix = flops + all_flops, matrix + products
-    elif kind is None:
-        flops, matrix = _flops(computation, item)
+        inside = list(_fused(module, called(item, "calls")))
+    for of, instruction in inside:
+        all_flops, products = _flops(of, instruction)
+        flops, matrix = flops + all_flops, matrix + products
+        attention += products if _attends(instruction) else 0
     return Operation(
         name=item.name,
         count=count,
@@ -192,7 +192,7 @@ def _operation(
         bytes=_bytes(module, computation, item),
         collective=kind,
         collective_bytes=sent,
-        attention_flops=matrix if _attends(item) else 0,
+        attention_flops=attention,
         exposed=kind is not None and not (started and item.opcode == "fusion"),
         group=group,
     )
@@ -382,11 +382,11 @@ def _used(module: Module, inside: Computation, name: str) -> int | None:
             read += _anywhere(user)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             pass  # updated in place
-        elif user.opcode in ("bitcast", "reshape"):
+        elif user.opcode in ("bitcast", "reshape", "convert"):  # of what is used of it only
             part = _used(module, inside, user.name)
             if part is None:
                 return None
-            read += part
+            read += part * _anywhere(inside[name]) // max(_anywhere(user), 1)
         elif user.opcode == "fusion":
             within = module.computations[called(user, "calls")]
             for position, operand in enumerate(user.operands):

@@ -306,6 +306,24 @@ def test_a_bitcast_wrapped_in_a_fusion_of_its_own_hides_nothing(use, read):
     assert cost(text).bytes == 2 * read
 
 
+def test_a_gather_from_a_table_that_is_cast_in_the_same_fusion_reads_its_rows_only():
+    fused = """
+%fused (table: f32[1000,64], ids: s32[8,1]) -> bf16[8,64] {
+  %table = f32[1000,64]{1,0} parameter(0)
+  %ids = s32[8,1]{1,0} parameter(1)
+  %cast = bf16[1000,64]{1,0} convert(%table)
+  ROOT %rows = bf16[8,64]{1,0} gather(%cast, %ids), offset_dims={1}, slice_sizes={1,64}
+}
+"""
+    text = entry(
+        "%t = f32[1000,64]{1,0} parameter(0)",
+        "%i = s32[8,1]{1,0} parameter(1)",
+        "ROOT %f = bf16[8,64]{1,0} fusion(%t, %i), kind=kLoop, calls=%fused",
+        computations=fused,
+    )
+    assert cost(text).bytes == 8 * 64 * (4 + 2) + 8 * 4
+
+
 def test_an_asynchronous_copy_counts_once():
     text = entry(
         "%x = f32[8,128]{1,0} parameter(0)",
