@@ -45,6 +45,10 @@ CHIPS = {
 }
 USABLE = 0.975
 """The part of a chip's memory that programs get: 15.75 of 16 GiB on v5e, 31.25 of 32 on v6e."""
+USABLE_GPU = 0.95
+"""At most, as `XLA_PYTHON_CLIENT_MEM_FRACTION`: CUDA, cuBLAS and NCCL need the rest."""
+TAKEN_GPU = 0.75
+"""What JAX takes of a GPU unless that variable says more."""
 # There is no TPU machine to ask, and libtpu complains at length of not knowing which it is on.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -115,6 +119,13 @@ def chip_of(device: Any) -> Chip:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Chip(memory // len(jax.local_devices()), None, None, None)
     return Chip((device.memory_stats() or {}).get("bytes_limit"), None, None, None)
+
+
+def usable_bytes(chip: Chip) -> float | None:
+    """What programs get of a chip's memory, if it is known."""
+    if chip.hbm_bytes is None:
+        return None
+    return chip.hbm_bytes * (USABLE if chip.network is None else USABLE_GPU)
 
 
 def chip_among(devices: Sequence[Any]) -> Chip:

@@ -4,7 +4,7 @@ XLA asks a card for its figures (`GpuTargetConfigProto`); here they are stated. 
 and whether a kernel fits; times come from `chips.CHIPS`.
 """
 
-import importlib.util
+import importlib.metadata
 import os
 import re
 from typing import Any, NamedTuple
@@ -46,6 +46,11 @@ CARDS = {
 }
 CUDNN = (9, 12, 0)
 """Version whose kernels are compiled for: the one of the extra `plan-gpu`."""
+COMPILER = (
+    *("jax-cuda13-plugin", "jax-cuda13-pjrt"),
+    *("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cudnn-cu13"),
+)
+"""Packages of that extra that compile; none of them looks for a GPU or its driver."""
 MOST_GPUS = 8
 """On a node: an HGX board."""
 
@@ -111,6 +116,18 @@ def target_config(card: Card) -> str:
     )
 
 
+def missing() -> list[str]:
+    """Packages of `COMPILER` that are not installed."""
+
+    def installed(name: str) -> bool:
+        try:
+            return bool(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            return False
+
+    return [name for name in COMPILER if not installed(name)]
+
+
 def devices(topology: str) -> list[Any]:
     """Devices of a cluster that need not exist, node after node.
 
@@ -118,10 +135,9 @@ def devices(topology: str) -> list[Any]:
       InputError: A name that is none, or no compiler for GPUs.
     """
     card, nodes, each = parse(topology)
-    plugins = importlib.util.find_spec("jax_plugins")
-    if plugins is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if absent := missing():
         raise InputError(
-            f"--topology: got {topology}, but XLA's compiler for NVIDIA GPUs is not installed; "
+            f"--topology: got {topology}, but these are not installed: {', '.join(absent)}; "
             "pip install 'pgpo_jax[plan-gpu]'"
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it looks for a driver, in vain

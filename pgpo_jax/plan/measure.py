@@ -214,7 +214,8 @@ def overhead(setup: Setup, measured: dict[str, Any]) -> dict[str, float]:
 
 
 def _fits(size: int, chip: Chip) -> bool:
-    return chip.hbm_bytes is None or size <= chips.USABLE * chip.hbm_bytes
+    usable = chips.usable_bytes(chip)
+    return usable is None or size <= usable
 
 
 def _chip(setup: Setup) -> Chip:

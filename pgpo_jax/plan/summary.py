@@ -189,6 +189,11 @@ def _decode_rows(found: dict[str, Any]) -> Rows:
 
 def _verdict(found: dict[str, Any]) -> Rows:
     rows = [("fits", "yes" if found["fits"] else f"no: {found['reason']}")]
+    if found["fits"] and found["device"].startswith("NVIDIA"):
+        most = max(found["per_chip"]["total"], found["decode"]["total"])
+        if most > chips.TAKEN_GPU * found["hbm_bytes"]:
+            text = f"XLA_PYTHON_CLIENT_MEM_FRACTION={chips.USABLE_GPU}: JAX takes 75 % without it"
+            rows.append(("needs", text))
     if "not_counted" in found:
         rows.append(("not counted", found["not_counted"]))
     if not found["fits"]:

@@ -1,6 +1,5 @@
 """Plans for NVIDIA GPUs that are not there."""
 
-import importlib.util
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import yaml
 from test_plan import KEYS, SETTINGS
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.plan import chips, gpus, hlo_cost
+from pgpo_jax.plan import chips, gpus, hlo_cost, summary
 
 
 @pytest.mark.parametrize("name", gpus.CARDS)
@@ -51,11 +50,11 @@ def test_other_names_are_refused(name):
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if "jax_plugins" in name else find(name)
-    )
-    with pytest.raises(InputError, match=r"h100:1x8.*not installed; pip install .*plan-gpu"):
+    monkeypatch.setattr(gpus, "COMPILER", ("jax", "no-such-compiler"))
+    with pytest.raises(
+        InputError,
+        match=r"got h100:1x8, but no-such-compiler.*not installed; pip install .*plan-gpu",
+    ):
         chips.topology_devices("h100:1x8")
 
 
@@ -68,14 +67,16 @@ def test_a_ring_over_nodes_is_as_fast_as_their_network_cards():
     assert chips.collective_seconds(across, chip) == 10  # eight cards of a node
 
 
-HAS_COMPILER = all(
-    importlib.util.find_spec(name) is not None
-    and importlib.util.find_spec(f"{name}.{part}") is not None
-    for name, part in (("jax_plugins", "xla_cuda13"), ("nvidia", "cudnn"))
-)
+@pytest.mark.parametrize(("total", "needs"), [(70, False), (80, True)])
+def test_a_plan_says_where_jax_must_be_told_to_take_more_of_a_gpu(total, needs):
+    memory = {"per_chip": {"total": 60}, "decode": {"total": total}, "hbm_bytes": 100}
+    rows = dict(summary._verdict({"fits": True, "device": "NVIDIA H200", **memory}))
+    assert ("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in rows.get("needs", "")) == needs
+    assert chips.usable_bytes(chips.CHIPS["NVIDIA H200"]) == 0.95 * 141e9
+    assert chips.usable_bytes(chips.CHIPS["TPU v6 lite"]) == 31.2 * 2**30
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="extra plan-gpu, XLA for NVIDIA GPUs, is not there")
+@pytest.mark.skipif(bool(gpus.missing()), reason="extra plan-gpu, XLA for GPUs, is not there")
 @pytest.mark.slow
 def test_a_run_can_be_planned_for_gpus_without_gpus(tmp_path):
     model = {**SETTINGS["model"], "dtype": "bfloat16"}
