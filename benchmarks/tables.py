@@ -47,6 +47,16 @@ def gib(value: float) -> str:
     return f"{plain(value / 2**30)} GiB"
 
 
+def seconds(value: float) -> str:
+    return f"{plain(value)} s"
+
+
+def planned_model(result: Result) -> str:
+    """Parameters of a plan's model, and the rank of its adapters."""
+    rank = result.get("lora_rank")
+    return f"{result['model_parameters'] / 1e9:.2g}B" + (f", LoRA {rank}" if rank else "")
+
+
 def always(relation: str, bound: float, unit: str = "") -> Callable[[Result], Target]:
     return lambda _: Target(relation, bound, unit)
 
@@ -221,6 +231,7 @@ BENCHMARKS: dict[str, tuple[Column, ...]] = {
         *PLACE,
     ),
     "plan": (
+        Column("model", planned_model),
         Column("topology", key("topology"), lambda v: f"`{v}`"),
         Column("chips", key("chips")),
         Column("mesh", key("mesh"), lambda v: ", ".join(f"{k} {n}" for k, n in v.items())),
@@ -230,8 +241,11 @@ BENCHMARKS: dict[str, tuple[Column, ...]] = {
         Column("of", key("hbm_bytes"), gib),
         Column("TFLOP per chip", key("flops_per_chip"), lambda v: plain(v / 1e12)),
         Column("sent per chip", key("collective_bytes_per_chip"), gib),
-        Column("step at best", key("estimated_step_seconds"), lambda v: f"{plain(v)} s"),
-        Column("MFU at best", key("estimated_mfu"), percent),
+        Column("update, bound", key("estimated_step_seconds"), seconds),
+        Column("update, likely", key("likely_step_seconds"), seconds),
+        Column("exposed collectives", key("exposed_collective_seconds"), seconds),
+        Column("MFU, bound", key("estimated_mfu"), percent),
+        Column("MFU, likely", key("likely_mfu"), percent),
         Column("PGPO's FLOPs over SDPO's", key("pgpo_flops_ratio"), lambda v: f"{v:.6f}",
                always("at most", 1.005)),
     ),

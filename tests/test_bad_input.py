@@ -318,6 +318,11 @@ def test_a_bad_configuration_is_refused(given, expected, refused):
             ("train", "run.yaml", "--steps=many"),
             "steps: got 'many'; must be a whole number",
         ),
+        "a topology without its nodes": (
+            ("plan", "run.yaml", "--topology", "h100:8"),
+            "--topology: got h100:8; must be h100:NODESxGPUS with 1 to 8 GPUs a node, such as "
+            "h100:2x8",
+        ),
         "no topology": (
             ("plan", "run.yaml", "--topology"),
             "--topology: got no value; give --topology SLICE",

@@ -171,7 +171,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     XLA notes it for some backends. Else the loop must count from a constant to a constant in
     constant steps, as `scan` and `fori_loop` do.
     """
-    noted = re.search(r'known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)', loop.attributes)
+    noted = re.search(r'known_trip_count\\?":\s*\{\\?"n\\?":\s*\\?"(\d+)', loop.attributes)
     if noted:
         return int(noted[1])
     condition = module.computations[called(loop, "condition")]

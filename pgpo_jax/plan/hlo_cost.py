@@ -11,7 +11,7 @@ What is counted, per device:
   slice of a large array counts as the slice, an update in place as the update, and what TPUs keep
   on the chip (memory space 1) not at all;
 - `collective_bytes`: what a device sends when n of them work in a ring: a gather or scatter
-  (n-1)/n of the whole array, an all-reduce twice that.
+  (n-1)/n of the whole array, an all-reduce twice that; *exposed* where nothing else runs meanwhile.
 """
 
 import itertools
@@ -58,6 +58,10 @@ MOVES = {
 }
 # Products of one block of queries and keys in the kernels of splash attention.
 SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+# Attention of cuDNN: scores and output; backward the scores again, and the gradients of the
+# weights, of queries, keys and values (FlashAttention-2, arXiv 2307.08691, section 2.3).
+CUDNN = "__cudnn$fmha"
+CUDNN_FORWARD, CUDNN_BACKWARD = 2, 5
 
 
 class Operation(NamedTuple):
@@ -70,6 +74,12 @@ class Operation(NamedTuple):
     bytes: int
     collective: str | None
     collective_bytes: int
+    attention_flops: int = 0
+    """Those of `matrix_flops` that are inside a kernel of attention."""
+    exposed: bool = False
+    """A collective that the chip waits for."""
+    group: int = 1
+    """Devices that work together in the collective."""
 
 
 class Cost(NamedTuple):
@@ -80,6 +90,7 @@ class Cost(NamedTuple):
     bytes: int
     collective_bytes: dict[str, int]
     """By kind of collective."""
+    attention_flops: int
 
 
 # ---- walking -------------------------------------------------------------------------------------
@@ -97,6 +108,7 @@ def total(items: Sequence[Operation]) -> Cost:
         sum(item.count * item.matrix_flops for item in items),
         sum(item.count * item.bytes for item in items),
         collectives,
+        sum(item.count * item.attention_flops for item in items),
     )
 
 
@@ -107,7 +119,7 @@ def operations(module: Module, unknown_trips: int = 1) -> list[Operation]:
       module: What `hlo.parse` read.
       unknown_trips: How often a loop runs whose end depends on data.
     """
-    return list(_walk(module, module.entry, 1, unknown_trips))
+    return list(_walk(module, module.entry, 1, unknown_trips, alone=True))
 
 
 def open_loops(module: Module) -> list[Operation]:
@@ -116,39 +128,74 @@ def open_loops(module: Module) -> list[Operation]:
     return [item for outside, item in zip(once, passed, strict=True) if outside.count == 0]
 
 
-def _walk(module: Module, name: str, count: int, unknown: int) -> Iterator[Operation]:
+def _walk(
+    module: Module, name: str, count: int, unknown: int, *, alone: bool
+) -> Iterator[Operation]:
+    """Operations of a computation; `alone` where no other one runs beside it."""
     computation = module.computations[name]
+    covered = _covered(computation)
     for item in computation.values():
-        if item.opcode in FREE:
+        if item.opcode in FREE or item.opcode.endswith("-done"):
             continue
         if item.opcode == "while":
             trips = trip_count(module, computation, item)
-            body = called(item, "body")
-            yield from _walk(module, body, count * (unknown if trips is None else trips), unknown)
+            times = count * (unknown if trips is None else trips)
+            yield from _walk(module, called(item, "body"), times, unknown, alone=alone)
         elif item.opcode == "conditional":
-            choices = [list(_walk(module, branch, count, unknown)) for branch in branches(item)]
+            choices = [
+                list(_walk(module, branch, count, unknown, alone=alone))
+                for branch in branches(item)
+            ]
             yield from max(choices, key=lambda items: (total(items).flops, total(items).bytes))
         elif item.opcode in ("call", "call-start", "async-start"):
             inner = called(item, "to_apply" if "to_apply=" in item.attributes else "calls")
-            yield from _walk(module, inner, count, unknown)
+            exposed = alone and item.name not in covered
+            yield from _walk(module, inner, count, unknown, alone=exposed)
         else:
-            yield _operation(module, computation, item, count)
+            operation = _operation(module, computation, item, count)
+            yield operation._replace(
+                exposed=operation.exposed and alone and item.name not in covered
+            )
+
+
+def _covered(computation: Computation) -> set[str]:
+    """Asynchronous instructions with a kernel between their start and their end."""
+    running: set[str] = set()
+    covered: set[str] = set()
+    for item in computation.values():
+        if item.opcode.endswith("-start"):
+            running.add(item.name)
+        elif item.opcode.endswith("-done"):
+            running -= set(item.operands)
+        elif item.opcode not in FREE:
+            covered |= running
+    return covered
 
 
 def _operation(
     module: Module, computation: Computation, item: Instruction, count: int
 ) -> Operation:
-    kind, sent = _collective(module, computation, item)
-    flops = matrix = 0
+    kind, sent, group, started = _collective(module, computation, item)
+    flops = matrix = attention = 0
+    inside = [(computation, item)] if kind is None else []
     if item.opcode == "fusion":
-        for inner in _fused(module, called(item, "calls")):
-            of, instruction = inner
-            all_flops, products = _flops(of, instruction)
-            flops, matrix = flops + all_flops, matrix + products
-    elif kind is None:
-        flops, matrix = _flops(computation, item)
-    moved = _bytes(module, computation, item)
-    return Operation(item.name, count, flops, matrix, moved, kind, sent)
+        inside = list(_fused(module, called(item, "calls")))
+    for of, instruction in inside:
+        all_flops, products = _flops(of, instruction)
+        flops, matrix = flops + all_flops, matrix + products
+        attention += products if _attends(instruction) else 0
+    return Operation(
+        name=item.name,
+        count=count,
+        flops=flops,
+        matrix_flops=matrix,
+        bytes=_bytes(module, computation, item),
+        collective=kind,
+        collective_bytes=sent,
+        attention_flops=attention,
+        exposed=kind is not None and not (started and item.opcode == "fusion"),
+        group=group,
+    )
 
 
 def _fused(module: Module, name: str) -> Iterator[tuple[Computation, Instruction]]:
@@ -224,12 +271,41 @@ def _kernel(computation: Computation, item: Instruction) -> int:
     kernel = next((key for key in SPLASH if key in item.name or key in item.attributes), None)
     if kernel:
         return SPLASH[kernel] * _splash_block_products(computation, item)
+    if CUDNN in item.attributes:
+        return _cudnn_products(computation, item)
     if "__cublas" in item.attributes:
         left = computation[item.operands[0]].shapes[0].dims
-        found = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', item.attributes)
+        found = re.search(r'"lhs_contracting_dimensions":\s*(\[[^\]]*\])', item.attributes)
         inner = math.prod(left[int(dim)] for dim in json.loads(found[1])) if found else 1
         return 2 * item.shapes[0].elements * inner
     return 0
+
+
+def _attends(item: Instruction) -> bool:
+    """Whether an instruction is a kernel of attention."""
+    known = (CUDNN, *SPLASH)
+    return item.opcode == "custom-call" and any(
+        key in item.name or key in item.attributes for key in known
+    )
+
+
+def _cudnn_products(computation: Computation, item: Instruction) -> int:
+    """Operations of cuDNN's attention over the scores that its mask keeps."""
+    scores = re.search(
+        r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', item.attributes
+    )
+    mask = re.search(r'"mask_type":\s*"(\w+)"', item.attributes)
+    if scores is None or mask is None:
+        raise ValueError(f"custom-call {item.name} states no scores or no mask")
+    *leading, queries, keys = (int(size.strip(' "')) for size in scores[1].split(","))
+    kept = queries * keys
+    if "CAUSAL" in mask[1]:
+        stated = re.search(r'"sliding_window_length":\s*"?(\d+)', item.attributes)
+        window = int(stated[1]) if stated and int(stated[1]) else keys
+        kept = sum(min(i + 1, window, keys) for i in range(queries))
+    width = computation[item.operands[0]].shapes[0].dims[-1]
+    products = CUDNN_BACKWARD if "Backward" in item.attributes else CUDNN_FORWARD
+    return products * 2 * math.prod(leading) * kept * width
 
 
 def _splash_block_products(computation: Computation, item: Instruction) -> int:
@@ -306,11 +382,11 @@ def _used(module: Module, inside: Computation, name: str) -> int | None:
             read += _anywhere(user)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             pass  # updated in place
-        elif user.opcode in ("bitcast", "reshape"):
+        elif user.opcode in ("bitcast", "reshape", "convert"):  # of what is used of it only
             part = _used(module, inside, user.name)
             if part is None:
                 return None
-            read += part
+            read += part * _anywhere(inside[name]) // max(_anywhere(user), 1)
         elif user.opcode == "fusion":
             within = module.computations[called(user, "calls")]
             for position, operand in enumerate(user.operands):
@@ -364,10 +440,17 @@ def _anywhere(item: Instruction) -> int:
 # ---- collectives ---------------------------------------------------------------------------------
 
 
-def _collective(
-    module: Module, computation: Computation, item: Instruction
-) -> tuple[str | None, int]:
-    """Kind, and bytes that one device sends."""
+class _Sent(NamedTuple):
+    """A collective's kind (None: no collective) and the bytes that one device of a group sends."""
+
+    kind: str | None
+    bytes: int = 0
+    group: int = 1
+    started: bool = False
+    """Only begun: its end is another instruction."""
+
+
+def _collective(module: Module, computation: Computation, item: Instruction) -> _Sent:
     if item.opcode == "fusion":  # TPUs wrap collectives, with or without other work
         name = called(item, "calls")
         inside = [
@@ -376,15 +459,16 @@ def _collective(
             if inner.opcode.removesuffix("-start") in COLLECTIVES
         ]
         if not inside:
-            return None, 0
+            return _Sent(None)
         inner, of = inside[0]
-        kind, sent = _collective(module, of, inner)
-        if kind == "all-reduce" and ("reduce-scatter" in name or "reduce_scatter" in name):
-            return "reduce-scatter", sent // 2  # every device keeps only its part
-        return kind, sent
+        found = _collective(module, of, inner)
+        if found.kind == "all-reduce" and ("reduce-scatter" in name or "reduce_scatter" in name):
+            # Every device keeps only its part.
+            return found._replace(kind="reduce-scatter", bytes=found.bytes // 2)
+        return found
     kind = item.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
-        return None, 0
+        return _Sent(None)
     operands = sum(_anywhere(computation[name]) for name in item.operands)
     size = group_size(item.attributes)
     part = (size - 1) / size
@@ -395,7 +479,7 @@ def _collective(
         "all-to-all": operands * part,
         "ragged-all-to-all": operands * part,
     }.get(kind, operands)
-    return kind, round(sent)
+    return _Sent(kind, round(sent), size, kind != item.opcode)
 
 
 def group_size(attributes: str) -> int:

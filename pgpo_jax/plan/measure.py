@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pgpo_jax.plan import chips, hlo, hlo_cost, programs
+from pgpo_jax.plan import chips, hlo, hlo_cost, live, programs
 from pgpo_jax.plan.chips import Chip
 from pgpo_jax.plan.programs import Setup
 
@@ -15,6 +15,10 @@ NOT_COUNTED = (
     "rollouts of evaluation, the warm start, recomputed log-probs, and copies that a save makes"
 )
 """Programs of a run that a plan does not compile."""
+
+TEMPORARY = ("vocabulary", "activations", "temporaries")
+"""What the train step holds beside the state: tables and logits as wide as the vocabulary and what
+depends on lengths; `temporaries` are these two and the gradients."""
 
 
 class Compiled(NamedTuple):
@@ -77,7 +81,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         "slots": setup.slots,
         "fits": False,
         "reason": None,
-        "per_chip": {**state, "activations": None, "temporaries": None, "total": None},
+        "per_chip": {**state, **dict.fromkeys(TEMPORARY), "total": None},
         "state_bytes_per_parameter": programs.state_bytes_per_parameter(setup),
         "stays_whole": programs.whole_arrays(setup),
         "bytes_per_parameter": programs.bytes_per_parameter(setup),
@@ -92,8 +96,11 @@ def measure(setup: Setup) -> dict[str, Any]:
     except OutOfMemory as error:
         out["per_chip"]["total"] = error.needed
         return out | {"reason": "the train step is too large"}
+    beside = step.temporaries - state["gradients"]
+    vocabulary = min(_vocabulary(setup, step.module), max(beside, 0))
     out["per_chip"] |= {
-        "activations": max(step.temporaries - state["gradients"], 0),
+        "vocabulary": vocabulary,
+        "activations": max(beside - vocabulary, 0),
         "temporaries": step.temporaries,
         "total": step.total,
     }
@@ -110,17 +117,39 @@ def measure(setup: Setup) -> dict[str, Any]:
     return out | {"fits": True}
 
 
+def _vocabulary(setup: Setup, module: hlo.Module) -> int:
+    """Bytes of tables and logits among the temporaries, less those of gradients."""
+    size, mesh = setup.architecture.vocab_size, setup.mesh.shape
+    wide = {-(-size // parts) for parts in (1, mesh["tensor"], mesh["fsdp"], setup.mesh.size)}
+    wide = {width for width in wide if width > setup.architecture.hidden_size}
+    held = live.peak(module, lambda shape: not wide.isdisjoint(shape.dims)).marked
+    params, _ = programs.abstract_params(setup)
+    tables = [leaf for leaf in jax.tree.leaves(params) if size in leaf.shape]
+    return max(held - programs.shard_bytes(tables), 0)
+
+
 def _train_work(setup: Setup, step: Compiled) -> dict[str, Any]:
     """Operations, traffic and the least time of a compiled train step, which is one update."""
     chip = _chip(setup)
-    work, seconds = _work(hlo_cost.operations(step.module), chip)
-    useful, mfu = programs.model_flops(setup), None
-    if chip.peak_flops is not None and seconds["total"]:
-        mfu = useful / setup.mesh.size / chip.peak_flops / seconds["total"]
+    operations = hlo_cost.operations(step.module)
+    work, seconds = _work(operations, chip)
+    likely = chips.roofline(operations, chip, chips.LIKELY)["total"]
+    useful = programs.model_flops(setup)
+
+    def used(seconds: float | None) -> float | None:
+        """Part of the peak that the model's operations take."""
+        if chip.peak_flops is None or not seconds:
+            return None
+        return useful / setup.mesh.size / chip.peak_flops / seconds
+
     return work | {
         "estimated_step_seconds": seconds["total"],
         "estimated_seconds_by_part": seconds,
-        "estimated_mfu": mfu,
+        "estimated_mfu": used(seconds["total"]),
+        "likely_step_seconds": likely,
+        "likely_mfu": used(likely),
+        "exposed_collective_seconds": chips.exposed_seconds(operations, chip),
+        "attention_flops_per_chip": hlo_cost.total(operations).attention_flops,
         "model_flops": useful,
         "compile_seconds": step.seconds,
     }
@@ -185,11 +214,12 @@ def overhead(setup: Setup, measured: dict[str, Any]) -> dict[str, float]:
 
 
 def _fits(size: int, chip: Chip) -> bool:
-    return chip.hbm_bytes is None or size <= chips.USABLE * chip.hbm_bytes
+    usable = chips.usable_bytes(chip)
+    return usable is None or size <= usable
 
 
 def _chip(setup: Setup) -> Chip:
-    return chips.chip_of(setup.mesh.devices.flat[0])
+    return chips.chip_among(list(setup.mesh.devices.flat))
 
 
 def _work(

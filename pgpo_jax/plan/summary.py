@@ -1,10 +1,10 @@
 """Plan of a run on devices that need not exist: memory, work and time.
 
-Compiles the real train step and the sampler's real programs ahead of time, for a TPU slice on a
-machine without one (extra `plan`), or for the local devices without `--topology`; nothing is
-loaded or run. The table says whether the largest of them fits and what bounds it, what is not
-counted, and which arrays stay whole because a mesh axis does not divide them. The last line is the
-same as JSON.
+Compiles the real train step and the sampler's real programs ahead of time, for a TPU slice (extra
+`plan`) or nodes of NVIDIA GPUs (extra `plan-gpu`) on a machine without them, or for the local
+devices without `--topology`; nothing is loaded or run. The table says whether the largest of them
+fits and what bounds it, what is not counted, and which arrays stay whole because a mesh axis does
+not divide them. The last line is the same as JSON.
 
 Lengths are those of the worst batch: every prompt, teacher prompt and response at its limit
 (`data.max_prompt_length`, `reprompt.max_length`, `sampling.max_response_length`). Where this fits,
@@ -12,8 +12,9 @@ every batch of the run does, and its time is the longest an update takes.
 
 Where a step has several updates, operations, traffic and times of training are those of one.
 
-The times are bounds, not measurements: every kernel at the chip's peak or its memory's bandwidth,
-whichever is slower, and collectives, if they take less than that, for nothing.
+No time is measured. A *bound* has every kernel at the chip's peak or its memory's bandwidth,
+whichever is slower; collectives add to it where nothing runs beside them. The *likely* time has
+products at 0.8 of the peak and kernels of attention at 0.55.
 """
 
 import dataclasses
@@ -37,10 +38,10 @@ def plan(config: Config, topology: str | None = None) -> dict[str, Any]:
 
     Args:
       config: The run.
-      topology: A TPU slice, or None for the local devices.
+      topology: A TPU slice, nodes of GPUs, or None for the local devices.
 
     Raises:
-      InputError: An unknown topology or chip, no libtpu, or no architecture.
+      InputError: An unknown topology or chip, no compiler for it, or no architecture.
     """
     devices = chips.topology_devices(topology)
     chip, architecture = chips.chip_of(devices[0]), programs.architecture_of(config.model)
@@ -52,6 +53,8 @@ def plan(config: Config, topology: str | None = None) -> dict[str, Any]:
             "collective_bytes_per_chip",
             "estimated_step_seconds",
             "estimated_mfu",
+            "likely_step_seconds",
+            "likely_mfu",
             "pgpo_flops_ratio",
         )
     )
@@ -65,6 +68,7 @@ def plan(config: Config, topology: str | None = None) -> dict[str, Any]:
         "per_chip": dict.fromkeys(kinds),
         **unknown,
         "model_parameters": sum(x.size for x in jax.tree.leaves(models.param_shapes(architecture))),
+        "lora_rank": config.model.lora.rank,
         "jax": jax.__version__,
     }
     try:
@@ -148,12 +152,16 @@ def _train_rows(found: dict[str, Any]) -> Rows:
     parts = found["estimated_seconds_by_part"].items()
     rows = [
         ("operations per chip", _number(found["flops_per_chip"], "FLOP")),
+        ("  in kernels of attention", _number(found["attention_flops_per_chip"], "FLOP")),
         ("memory traffic per chip", _number(found["bytes_per_chip"], "bytes")),
         ("sent per chip", _number(found["collective_bytes_per_chip"], "bytes")),
         *((f"  {kind}", _number(value, "bytes")) for kind, value in by_kind),
-        ("update, at best", _number(found["estimated_step_seconds"], "s")),
+        ("update, bound", _number(found["estimated_step_seconds"], "s")),
         *((f"  {name}", _number(value, "s")) for name, value in parts if name != "total"),
-        ("model FLOPs used, at best", _number(found["estimated_mfu"], "of peak")),
+        ("  collectives exposed", _number(found["exposed_collective_seconds"], "s")),
+        ("update, likely", _number(found["likely_step_seconds"], "s")),
+        ("model FLOPs used, bound", _number(found["estimated_mfu"], "of peak")),
+        ("model FLOPs used, likely", _number(found["likely_mfu"], "of peak")),
     ]
     if found["pgpo_flops_ratio"] is not None:
         rows.append(("operations, alpha over 0", f"x {found['pgpo_flops_ratio']:.9f}"))
@@ -173,14 +181,19 @@ def _decode_rows(found: dict[str, Any]) -> Rows:
         rows += [
             ("decoding: weights", _gib(decode["weights"])),
             ("  cache", f"{_gib(decode['cache'])}, {found['slots']} slots"),
-            ("  a token for every slot, at best", _number(decode["seconds_per_token"], "s")),
-            ("  all responses at their longest", _number(decode["rollout_seconds"], "s")),
+            ("  a token for every slot, bound", _number(decode["seconds_per_token"], "s")),
+            ("  all responses at their longest, bound", _number(decode["rollout_seconds"], "s")),
         ]
     return rows
 
 
 def _verdict(found: dict[str, Any]) -> Rows:
     rows = [("fits", "yes" if found["fits"] else f"no: {found['reason']}")]
+    if found["fits"] and found["device"].startswith("NVIDIA"):
+        most = max(found["per_chip"]["total"], found["decode"]["total"])
+        if most > chips.TAKEN_GPU * found["hbm_bytes"]:
+            text = f"XLA_PYTHON_CLIENT_MEM_FRACTION={chips.USABLE_GPU}: JAX takes 75 % without it"
+            rows.append(("needs", text))
     if "not_counted" in found:
         rows.append(("not counted", found["not_counted"]))
     if not found["fits"]:
@@ -207,7 +220,12 @@ def _number(value: float | None, unit: str) -> str:
 COMMAND = config_module.command(
     "plan",
     __doc__,
-    Option("--topology", "a TPU slice such as v5p:4x4x4; the local devices without it", "SLICE"),
+    Option(
+        "--topology",
+        "a TPU slice such as v5p:4x4x4, or nodes x GPUs such as h100:2x8 (a100, h100, h200, b200); "
+        "the local devices without it",
+        "SLICE",
+    ),
 )
 
 

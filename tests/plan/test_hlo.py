@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pgpo_jax.plan import hlo, hlo_cost
+from pgpo_jax.plan import hlo, hlo_cost, live
 
 HEADER = "HloModule m, is_scheduled=true\n\n"
 LOOP = """
@@ -70,6 +70,7 @@ def collective(line, operand="f32[8,128]{1,0}"):
         ({"end": 0}, 0),
         ({"direction": "NE"}, 1),  # not understood: once
         ({"note": ', backend_config={"known_trip_count":{"n":"7"}}'}, 7),
+        ({"note": ', backend_config={"known_trip_count": {"n": "7"}}'}, 7),  # as for GPUs
     ],
 )
 def test_a_loop_counts_as_often_as_it_runs(settings, trips):
@@ -213,6 +214,33 @@ def test_splash_attention_counts_the_blocks_that_its_mask_keeps():
     assert cost(kernel("splash_mha_dq_no_residuals", "1,2,1")).matrix_flops == 3 * 2 * block
 
 
+@pytest.mark.parametrize(
+    ("target", "mask", "window", "pairs"),
+    [
+        ("__cudnn$fmhaSoftmax", "CAUSAL", 0, 2 * 256 * 257 // 2),
+        ("__cudnn$fmhaSoftmaxBackward", "CAUSAL", 0, 5 * 256 * 257 // 2),
+        ("__cudnn$fmhaSoftmax", "PADDING_CAUSAL", 64, 2 * (64 * 65 // 2 + 192 * 64)),
+        ("__cudnn$fmhaSoftmax", "NO_MASK", 0, 2 * 256 * 256),
+    ],
+)
+def test_attention_of_cudnn_counts_the_scores_that_its_mask_keeps(target, mask, window, pairs):
+    text = entry(
+        "%q = bf16[2,256,4,128]{3,2,1,0} parameter(0)",
+        "%k = bf16[2,256,2,128]{3,2,1,0} parameter(1)",
+        "%a.5 = (bf16[2,4,256,128]{3,1,2,0}, f32[2,4,256]{2,1,0}, u8[0]{0}) custom-call(%q, %k, "
+        f'%k), custom_call_target="{target}", backend_config={{"operation_queue_id": "0", '
+        '"cudnn_fmha_backend_config": {"algorithm": {"algo_id": "0", "tuning_knobs": {"17": "1"}}, '
+        '"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "256", '
+        '"256"], "tuple_shapes": [], "layout": {"minor_to_major": ["3", "2", "1", "0"]}}, '
+        f'"mask_type": "{mask}", "sliding_window_length": {window}, "max_seg_per_batch": 1}}}}',
+        "ROOT %o = bf16[2,4,256,128]{3,1,2,0} get-tuple-element(%a.5), index=0",
+    )
+    found = cost(text)
+    assert found.matrix_flops == found.attention_flops == 2 * 2 * 4 * pairs * 128
+    sizes = 2 * 256 * 128 * 2  # of one head, in bytes
+    assert found.bytes == (4 + 2 + 2 + 4) * sizes + 4 * 2 * 4 * 256
+
+
 # ---- memory
 
 
@@ -276,6 +304,24 @@ def test_a_bitcast_wrapped_in_a_fusion_of_its_own_hides_nothing(use, read):
         computations=fused,
     )
     assert cost(text).bytes == 2 * read
+
+
+def test_a_gather_from_a_table_that_is_cast_in_the_same_fusion_reads_its_rows_only():
+    fused = """
+%fused (table: f32[1000,64], ids: s32[8,1]) -> bf16[8,64] {
+  %table = f32[1000,64]{1,0} parameter(0)
+  %ids = s32[8,1]{1,0} parameter(1)
+  %cast = bf16[1000,64]{1,0} convert(%table)
+  ROOT %rows = bf16[8,64]{1,0} gather(%cast, %ids), offset_dims={1}, slice_sizes={1,64}
+}
+"""
+    text = entry(
+        "%t = f32[1000,64]{1,0} parameter(0)",
+        "%i = s32[8,1]{1,0} parameter(1)",
+        "ROOT %f = bf16[8,64]{1,0} fusion(%t, %i), kind=kLoop, calls=%fused",
+        computations=fused,
+    )
+    assert cost(text).bytes == 8 * 64 * (4 + 2) + 8 * 4
 
 
 def test_an_asynchronous_copy_counts_once():
@@ -343,6 +389,47 @@ def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter():
     assert cost(text).collective_bytes == {"reduce-scatter": 3 * 1024}
 
 
+GATHER = "f32[32,128]{1,0} all-gather(%x), replica_groups=[1,4]<=[4], dimensions={0}"
+START = GATHER.replace("f32[32,128]{1,0}", "(f32[8,128], f32[32,128])").replace(
+    "(%x)", "-start(%x)"
+)
+
+
+@pytest.mark.parametrize(
+    ("lines", "exposed"),
+    [
+        ([f"%g = {GATHER}"], True),
+        ([f"%s = {START}", "%d = f32[32,128]{1,0} all-gather-done(%s)"], True),
+        ([f"%s = {START}", "%y = f32[8,128]{1,0} negate(%x)",
+          "%d = f32[32,128]{1,0} all-gather-done(%s)"], False),
+        ([f"%s = {START}", "%b = f32[1024]{0} bitcast(%x)",
+          "%d = f32[32,128]{1,0} all-gather-done(%s)"], True),
+    ],
+)  # fmt: skip
+def test_a_collective_is_exposed_where_nothing_runs_beside_it(lines, exposed):
+    text = entry("%x = f32[8,128]{1,0} parameter(0)", *lines, "ROOT %r = f32[] constant(0)")
+    items = hlo_cost.operations(hlo.parse(text))
+    (found,) = (item for item in items if item.collective)
+    assert (found.exposed, found.group, found.collective_bytes) == (exposed, 4, 3 * 4096)
+    assert hlo_cost.total(items).flops == 1024 * (len(items) - 1)  # the end of one costs nothing
+
+
+def test_a_collective_wrapped_in_an_asynchronous_computation_is_hidden_by_what_runs_beside_it():
+    inside = f"""
+%wrapped (x: f32[8,128]) -> f32[32,128] {{
+  %x = f32[8,128]{{1,0}} parameter(0)
+  ROOT %g = {GATHER}
+}}
+"""
+    begin = "%s = ((f32[8,128]), f32[32,128], u32[]) async-start(%x), calls=%wrapped"
+    end = "ROOT %d = f32[32,128]{1,0} async-done(%s)"
+    between = "%y = f32[8,128]{1,0} negate(%x)"
+    for lines, exposed in (((begin, end), True), ((begin, between, end), False)):
+        text = entry("%x = f32[8,128]{1,0} parameter(0)", *lines, computations=inside)
+        (found,) = (x for x in hlo_cost.operations(hlo.parse(text)) if x.collective)
+        assert found.exposed == exposed
+
+
 def test_collectives_that_xla_makes_are_found_in_a_compiled_module():
     mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
@@ -357,3 +444,53 @@ def test_collectives_that_xla_makes_are_found_in_a_compiled_module():
 def test_text_that_is_no_module_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule empty")
+
+
+# ---- memory at once
+
+
+def test_arrays_live_from_where_they_are_made_to_their_last_use():
+    text = entry(
+        "%x = f32[1024]{0} parameter(0)",  # an argument, not a temporary
+        "%a = f32[1024]{0} negate(%x)",
+        "%b = f32[2048]{0} concatenate(%a, %x), dimensions={0}",
+        "%c = f32[512]{0} slice(%b), slice={[0:512]}",  # %a is gone
+        "%t = (f32[512]{0}, f32[2048]{0}) tuple(%c, %b)",
+        "%e = f32[512]{0} get-tuple-element(%t), index=0",
+        "ROOT %r = f32[512]{0} negate(%e)",  # a result, not a temporary
+    )
+    found = live.peak(hlo.parse(text), lambda shape: 1024 in shape.dims)
+    assert found == live.Live(total=4 * (1024 + 2048), marked=4 * 1024)
+
+
+def test_what_a_loop_carries_counts_once_and_what_its_body_makes_beside_it():
+    found = live.peak(hlo.parse(loop()), lambda shape: shape.dims == (64, 64))
+    # The carried array is the result; the product before it is written is the caller's, too.
+    assert found.marked == 0
+    text = (
+        loop()
+        .replace(
+            "%x0 = f32[64,64]{1,0} parameter(0)",
+            """%a0 = f32[64,64]{1,0} parameter(0)
+  %x0 = f32[64,64]{1,0} negate(%a0)""",
+        )
+        .replace(
+            "ROOT %r = f32[64,64]{1,0} get-tuple-element(%loop), index=1",
+            """%l = f32[64,64]{1,0} get-tuple-element(%loop), index=1
+  ROOT %r = f32[64,64]{1,0} negate(%l)""",
+        )
+    )
+    assert live.peak(hlo.parse(text), lambda shape: shape.dims == (64, 64)).marked == 4 * 64 * 64
+
+
+def test_the_memory_found_is_about_what_xla_says():
+    def f(x, w):
+        def layer(x, w):
+            return jnp.tanh(x @ w), None
+
+        return jnp.square(jax.lax.scan(layer, x, w)[0]).sum()
+
+    x, w = jnp.zeros((256, 64)), jnp.zeros((6, 64, 64))
+    compiled = jax.jit(jax.grad(f, argnums=1)).lower(x, w).compile()
+    found = live.peak(hlo.parse(compiled.as_text()), lambda shape: False)
+    assert found.total == pytest.approx(compiled.memory_analysis().temp_size_in_bytes, rel=0.35)
