@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,38 +56,77 @@ def render(
 
     With a chat template: the template and its generation prompt (left out on request). Without one,
     a conversation of one user message is its plain text (a base model completes it); anything else
-    has no meaning.
+    has no meaning. Where the template refuses a system message, it becomes the beginning of the
+    user's, as Gemma's templates have it; that is said once.
 
     Raises:
       InputError: a conversation that the tokenizer's chat template refuses, or several messages
         for a tokenizer without a chat template.
     """
     if getattr(tokenizer, "chat_template", None):
-        options = dict(template_options or {})
-        if CLOCK in options:
-            template = _template(tokenizer, options.get("chat_template"))
-            options["chat_template"] = _stop_clock(template, str(options.pop(CLOCK)))
         try:
-            text = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **options,
-            )
-        except ImportError:
+            return _templated(tokenizer, messages, template_options, generation_prompt)
+        except (ImportError, InputError):
             raise
         except Exception as error:  # templates raise whatever jinja or their author chose
-            raise InputError(
-                f"model.path: the chat template refuses the conversation {_snippet(messages)}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        return str(text)
+            try:
+                text = _templated(tokenizer, _folded(messages), template_options, generation_prompt)
+            except Exception:
+                raise InputError(
+                    f"model.path: the chat template refuses the conversation {_snippet(messages)}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            _say_folded(f"{type(error).__name__}: {error}")
+            return text
     if len(messages) == 1 and messages[0]["role"] == "user":
         return messages[0]["content"]
     roles = ", ".join(message["role"] for message in messages)
     raise InputError(
         f"model.path: the tokenizer has no chat template, but the prompt is a conversation "
         f"({roles}); use an instruct model, or plain text prompts without a system message"
+    )
+
+
+def _templated(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    template_options: Mapping[str, Any] | None,
+    generation_prompt: bool,
+) -> str:
+    """What the chat template makes of a conversation."""
+    options = dict(template_options or {})
+    if CLOCK in options:
+        template = _template(tokenizer, options.get("chat_template"))
+        options["chat_template"] = _stop_clock(template, str(options.pop(CLOCK)))
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=False,
+        add_generation_prompt=generation_prompt,
+        **options,
+    )
+    return str(text)
+
+
+def _folded(messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """The conversation with its system message at the beginning of the user's first.
+
+    Raises:
+      ValueError: It has none, or no user message after it.
+    """
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+        raise ValueError("a conversation without a system message before a user's")
+    system, user, *others = messages
+    content = f"{system['content']}\n\n{user['content']}"
+    return [{**user, "content": content}, *others]
+
+
+@functools.lru_cache(maxsize=8)
+def _say_folded(cause: str) -> None:
+    """Once for every cause."""
+    warnings.warn(
+        f"the chat template refuses a system message ({cause}); it stands at the beginning of the "
+        "user's message instead",
+        stacklevel=3,
     )
 
 

@@ -35,6 +35,7 @@ LAYER_NAMES = {
     "down_proj": "mlp.down_proj.weight",
     "input_layernorm": "input_layernorm.weight",
     "post_attention_layernorm": "post_attention_layernorm.weight",
+    "pre_feedforward_layernorm": "pre_feedforward_layernorm.weight",
     "post_feedforward_layernorm": "post_feedforward_layernorm.weight",
 }
 

@@ -1,4 +1,4 @@
-"""One decoder for Qwen3, Qwen2, Llama 3 / SmolLM2 and OLMo 2 / 3, driven by their `config.json`.
+"""One decoder for the families of `architecture.ARCHITECTURES`, driven by their `config.json`.
 
 Layers are stacked `[layer, ...]` and scanned, so that compile time does not grow with depth.
 Parameters are float32 (those that are frozen beside adapters may be bfloat16), the computation runs
@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -20,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pgpo_jax import sharding
 from pgpo_jax.errors import InputError
 from pgpo_jax.models import rope
-from pgpo_jax.models.architecture import ModelConfig
+from pgpo_jax.models.architecture import Kind, ModelConfig
 from pgpo_jax.models.attention import Kernel, attend, attend_cached
 from pgpo_jax.models.lora import OFF, LoraConfig, adapter_leaves, adapter_names
 from pgpo_jax.models.parameters import (
@@ -88,10 +89,10 @@ def _table(config: ModelConfig, options: Options) -> dict[str, Any]:
     return join(leaves(config), adapters)
 
 
-def _initial(name: str, leaf: Leaf, key: Array) -> Array:
+def _initial(name: str, leaf: Leaf, key: Array, norm_offset: float) -> Array:
     """Norms one, biases zero, matrices normal with deviation 0.02, as transformers has it."""
     if name.endswith("norm"):
-        return jnp.ones(leaf.shape, jnp.float32)
+        return jnp.full(leaf.shape, 1 - norm_offset, jnp.float32)
     if name.endswith("bias"):
         return jnp.zeros(leaf.shape, jnp.float32)
     return 0.02 * jax.random.normal(key, leaf.shape, jnp.float32)
@@ -104,7 +105,9 @@ class Decoder(nnx.Module):
         self.config = config
         self.options = options
         values = map_leaves(
-            lambda name, leaf: nnx.Param(_initial(name, leaf, rngs.params())),
+            lambda name, leaf: nnx.Param(
+                _initial(name, leaf, rngs.params(), config.architecture.norm_offset)
+            ),
             _table(config, options),
         )
         self.embed_tokens = values["embed_tokens"]
@@ -208,17 +211,13 @@ class Decoder(nnx.Module):
         """
         seen = lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (0, column))
         ropes = self._ropes(jnp.maximum(positions, 0))
-        visible = (seen >= 0)[:, None, :] & (seen[:, None, :] <= positions[:, :, None])
-        masks = {"full_attention": visible}
-        if self.config.sliding_window is not None:
-            near = positions[:, :, None] - seen[:, None, :] < self.config.sliding_window
-            masks["sliding_attention"] = visible & near
+        masks = self._masks(positions, seen)
 
         def step(
-            kind: str, index: Any, weights: dict[str, Array], carry: tuple[Array, Array, Array]
+            kind: Kind, index: Any, weights: dict[str, Array], carry: tuple[Array, Array, Array]
         ):
             x, keys, values = carry
-            query, key, value = self._project(weights, x, ropes[kind])
+            query, key, value = self._project(weights, x, ropes[kind.rope])
             start = (index, 0, column, 0, 0)
             keys = lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), start)
             values = lax.dynamic_update_slice(values, value[None].astype(values.dtype), start)
@@ -226,7 +225,7 @@ class Decoder(nnx.Module):
                 lax.dynamic_index_in_dim(stored, index, keepdims=False).astype(query.dtype)
                 for stored in (keys, values)
             )
-            attended = attend_cached(query, key, value, masks[kind])
+            attended = attend_cached(query, key, value, masks[kind.window])
             x = self._finish(weights, x, attended)
             return x, keys, values
 
@@ -241,19 +240,18 @@ class Decoder(nnx.Module):
         """Hidden states of rows without padding but at their end."""
         ropes, options = self._ropes(positions), self.options
 
-        def layer(kind: str, weights: dict[str, Array], x: Array) -> Array:
-            projected = self._project(weights, x, ropes[kind])
-            window = self.config.sliding_window if kind == "sliding_attention" else None
+        def layer(kind: Kind, weights: dict[str, Array], x: Array) -> Array:
+            projected = self._project(weights, x, ropes[kind.rope])
             attended = attend(
                 *projected,
                 segments=segments,
-                window=window,
+                window=kind.window,
                 kernel=options.attention,
                 mesh=options.mesh,
             )
             return self._finish(weights, x, attended)
 
-        def step(kind: str, index: Any, weights: dict[str, Array], x: Array) -> Array:
+        def step(kind: Kind, index: Any, weights: dict[str, Array], x: Array) -> Array:
             return self._remat(functools.partial(layer, kind))(weights, x)
 
         return self._final(self._through_layers(step, self._embed(tokens)))
@@ -262,51 +260,65 @@ class Decoder(nnx.Module):
         # Whole rows of the table: a gather split along its rows' width would first be replicated.
         table = _constrain(self.embed_tokens[...], ("vocab", None), self.options.mesh)
         x = table[tokens].astype(self.options.dtype)
-        return _constrain(x, ("row", None, None), self.options.mesh)
+        factor = self.config.embedding_multiplier
+        if self.config.architecture.root_scaled_embedding:  # rounded, as the family was trained
+            factor = float(np.asarray(self.config.hidden_size**0.5, x.dtype))
+        return _constrain(_times(x, factor), ("row", None, None), self.options.mesh)
 
-    def _ropes(self, positions: Array) -> dict[str, tuple[Array, Array]]:
-        """Cosine and sine for the kinds of layers that this model has."""
-        by_kind = {
-            "full_attention": self.config.rope,
-            "sliding_attention": self.config.sliding_rope,
+    def _ropes(self, positions: Array) -> dict[rope.Rope | None, tuple[Array, Array] | None]:
+        """Cosine and sine for the kinds of layers that this model has, None for those without."""
+        return {
+            own: own and rope.table(own, self.config.head_dim, positions)
+            for own in dict.fromkeys(kind.rope for kind in self.config.kinds)
         }
-        tables = {
-            kind: rope.table(by_kind[kind], self.config.head_dim, positions)
-            for kind in set(self.config.layer_types)
+
+    def _masks(
+        self, positions: Int[Array, "row time"], stored: Int[Array, "row column"]
+    ) -> dict[int | None, Bool[Array, "row time column"]]:
+        """Which stored keys a token sees, by their positions (-1: none), for every window."""
+        ago = positions[:, :, None] - stored[:, None, :]
+        visible = (stored >= 0)[:, None, :] & (ago >= 0)
+        return {
+            window: visible if window is None else visible & (ago < window)
+            for window in dict.fromkeys(kind.window for kind in self.config.kinds)
         }
-        return tables
 
     def _project(
-        self, weights: Mapping[str, Array], x: Array, rotation: tuple[Array, Array]
+        self, weights: Mapping[str, Array], x: Array, rotation: tuple[Array, Array] | None
     ) -> tuple[Array, Array, Array]:
         """Queries, keys and values `[row, time, head, head_dim]`, rotated."""
-        arch, eps = self.config.architecture, self.config.rms_norm_eps
-        if not arch.post_norm:
-            x = _norm(x, weights["input_layernorm"], eps)
+        arch = self.config.architecture
+        x = self._norm(x, weights, arch.norms.before_attention)
         out = []
         for name in "qkv":
             y = self._product(x, weights, f"{name}_proj")
             if arch.qkv_bias:
                 y = _add_bias(y, weights[f"{name}_bias"])
             if arch.qk_norm != "none" and name != "v":
-                y = _norm(y, weights[f"{name}_norm"], eps)
+                y = self._norm(y, weights, f"{name}_norm")
             out.append(y)
         query, key, value = out
-        return rope.rotate(query, *rotation), rope.rotate(key, *rotation), value
+        if rotation is not None:
+            query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
+        return _times(query, self.config.query_multiplier), key, value
 
     def _finish(self, weights: Mapping[str, Array], x: Array, attended: Array) -> Array:
         """The rest of a layer: output projection, residuals, feed-forward."""
-        arch, eps = self.config.architecture, self.config.rms_norm_eps
+        arch, factor = self.config.architecture, self.config.residual_multiplier
         y = self._product(attended, weights, "o_proj")
-        if arch.post_norm:
-            y = _norm(y, weights["post_attention_layernorm"], eps)
-        x = x + y
-        y = x if arch.post_norm else _norm(x, weights["post_attention_layernorm"], eps)
+        x = x + _times(self._norm(y, weights, arch.norms.after_attention), factor)
+        y = self._norm(x, weights, arch.norms.before_mlp)
         gate, up = (self._product(y, weights, f"{name}_proj") for name in ("gate", "up"))
-        y = self._product(_gated(gate, up), weights, "down_proj")
-        if arch.post_norm:
-            y = _norm(y, weights["post_feedforward_layernorm"], eps)
-        return _constrain(x + y, ("row", None, None), self.options.mesh)
+        y = self._product(_gated(gate, up, arch.activation), weights, "down_proj")
+        x = x + _times(self._norm(y, weights, arch.norms.after_mlp), factor)
+        return _constrain(x, ("row", None, None), self.options.mesh)
+
+    def _norm(self, x: Array, weights: Mapping[str, Array], name: str | None) -> Array:
+        """The norm of that name; None: `x` itself."""
+        c = self.config
+        if name is None:
+            return x
+        return _norm(x, weights[name], c.rms_norm_eps, c.architecture.norm_offset)
 
     def _product(self, x: Array, weights: Mapping[str, Array], name: str) -> Array:
         """x times a projection, with its adapter's product, in the type of the computation."""
@@ -328,11 +340,13 @@ class Decoder(nnx.Module):
         return _product(x, weight, axes, options.reduce_dtype)
 
     def _final(self, x: Array) -> Array:
-        return _norm(x, self.norm[...], self.config.rms_norm_eps)
+        x = self._norm(x, {"norm": self.norm[...]}, "norm")
+        # Logits are divided here, where one place serves all that makes logits of hidden states.
+        return _times(x, 1 / (self.config.logits_scaling or 1))
 
     def _period(self) -> int:
         """Layers written out in one step of the scan: until their kinds repeat, or all."""
-        kinds = self.config.layer_types
+        kinds = self.config.kinds
         if self.options.unroll:
             return len(kinds)
         return next(
@@ -342,10 +356,10 @@ class Decoder(nnx.Module):
         )
 
     def _through_layers(
-        self, step: Callable[[str, Any, dict[str, Array], Any], Any], carry: Any
+        self, step: Callable[[Kind, Any, dict[str, Array], Any], Any], carry: Any
     ) -> Any:
         """Applies `step(kind, index, weights, carry) -> carry` layer by layer."""
-        kinds, period = self.config.layer_types, self._period()
+        kinds, period = self.config.kinds, self._period()
         weights = {name: param[...] for name, param in self.layers.items()}
 
         def group(carry: Any, inputs: tuple[Any, dict[str, Array]]) -> tuple[Any, None]:
@@ -434,20 +448,27 @@ _add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-@_recomputed
-def _gated(gate: Array, up: Array) -> Array:
-    return jax.nn.silu(gate) * up
-
-
 @functools.partial(_recomputed, static_argnums=2)
-def _norm(x: Array, weight: Array, eps: float) -> Array:
+def _gated(gate: Array, up: Array, activation: str) -> Array:
+    return (jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate)) * up
+
+
+@functools.partial(_recomputed, static_argnums=(2, 3))
+def _norm(x: Array, weight: Array, eps: float, offset: float) -> Array:
     """RMS norm (arXiv 1910.07467) over the axes of `weight`, the last ones, in float32."""
     y = x.astype(jnp.float32)
     axes = tuple(range(-weight.ndim, 0))
     y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + eps)
-    return (
-        y * jnp.expand_dims(weight.astype(jnp.float32), tuple(range(x.ndim - weight.ndim)))
-    ).astype(x.dtype)
+    weight = weight.astype(jnp.float32)
+    weight = weight + offset if offset else weight
+    return (y * jnp.expand_dims(weight, tuple(range(x.ndim - weight.ndim)))).astype(x.dtype)
+
+
+def _times(x: Array, factor: float | None) -> Array:
+    """x times a number that is not itself rounded to the type of `x`."""
+    if factor is None or factor == 1:
+        return x
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def _constrain(x: Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> Array:
@@ -491,9 +512,9 @@ def init(
     def make(key: Array) -> Params:
         count = iter(range(1_000_000))
         return map_leaves(
-            lambda name, leaf: _initial(name, leaf, jax.random.fold_in(key, next(count))).astype(
-                dtype
-            ),
+            lambda name, leaf: _initial(
+                name, leaf, jax.random.fold_in(key, next(count)), config.architecture.norm_offset
+            ).astype(dtype),
             table,
         )
 

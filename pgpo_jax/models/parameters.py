@@ -37,11 +37,8 @@ def leaves(config: ModelConfig) -> dict[str, Any]:
         "gate_proj": Leaf((hidden, inner), ("embed", "mlp")),
         "up_proj": Leaf((hidden, inner), ("embed", "mlp")),
         "down_proj": Leaf((inner, hidden), ("mlp", "embed")),
-        "post_attention_layernorm": Leaf((hidden,), (None,)),
     }
-    layer["post_feedforward_layernorm" if arch.post_norm else "input_layernorm"] = Leaf(
-        (hidden,), (None,)
-    )
+    layer |= {name: Leaf((hidden,), (None,)) for name in arch.norms if name is not None}
     if arch.qkv_bias:
         layer["q_bias"] = Leaf((heads, width), ("heads", None))
         layer["k_bias"] = layer["v_bias"] = Leaf((kv_heads, width), ("kv_heads", None))

@@ -58,7 +58,12 @@ class Rope:
         }
 
 
-def read(config: Mapping[str, Any], default_theta: float, scale_sliding: bool) -> dict[str, Rope]:
+def read(
+    config: Mapping[str, Any],
+    default_theta: float,
+    scale_sliding: bool,
+    default_local: float | None = None,
+) -> dict[str, Rope]:
     """Reads a Hugging Face configuration in any of its layouts.
 
     The layouts are `rope_theta` with `rope_scaling`; a flat `rope_parameters`; and
@@ -69,6 +74,8 @@ def read(config: Mapping[str, Any], default_theta: float, scale_sliding: bool) -
       default_theta: The base where the configuration states none.
       scale_sliding: Whether a scaling that is not nested also holds for sliding layers (it does
         not in OLMo 3).
+      default_local: Where sliding layers have a base of their own, `rope_local_base_freq`, and none
+        of the settings that are not nested: that base if the configuration states none.
 
     Returns:
       The settings for `full_attention` and for `sliding_attention` layers.
@@ -77,7 +84,10 @@ def read(config: Mapping[str, Any], default_theta: float, scale_sliding: bool) -
       InputError: An unknown type, a setting that its type does not read, a missing or
         contradictory one.
     """
-    theta = config.get("rope_theta")
+    theta = local = config.get("rope_theta")
+    default_of = {"full_attention": default_theta, "sliding_attention": default_theta}
+    if default_local is not None:
+        local, default_of["sliding_attention"] = config.get("rope_local_base_freq"), default_local
     nested: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
         value = config.get(name)
@@ -91,8 +101,13 @@ def read(config: Mapping[str, Any], default_theta: float, scale_sliding: bool) -
             raise InputError(
                 f"{name}: got {sorted(rest)} beside {sorted(found)}; nest all of it by layer type"
             )
+        if default_local is not None and name == "rope_parameters" and rest:
+            raise InputError(
+                f"rope_parameters: got {sorted(rest)}; here they are nested by {LAYER_TYPES}"
+            )
         if not found:
             sliding = rest if scale_sliding else {"rope_theta": rest.get("rope_theta")}
+            sliding = sliding if default_local is None else {}
             found = {"full_attention": rest, "sliding_attention": sliding}
         for key, item in found.items():
             if nested.get(key, item) != item:
@@ -103,8 +118,13 @@ def read(config: Mapping[str, Any], default_theta: float, scale_sliding: bool) -
     ropes = {}
     for layer_type in LAYER_TYPES:
         settings = nested.get(layer_type, {})
+        base = theta if layer_type == "full_attention" else local
         ropes[layer_type] = _parse(
-            layer_type, settings, theta, default_theta, config.get("max_position_embeddings")
+            layer_type,
+            settings,
+            base,
+            default_of[layer_type],
+            config.get("max_position_embeddings"),
         )
     return ropes
 

@@ -309,12 +309,11 @@ def model_flops(setup: Setup) -> int:
         added = sum(math.prod(leaf.shape) for leaf in leaves)
 
     def forward(time: int) -> int:
-        window = min(c.sliding_window or time, time)
-        seen = {
-            "full_attention": time * (time + 1) // 2,
-            "sliding_attention": window * (window + 1) // 2 + (time - window) * window,
-        }
-        scores = sum(seen[kind] for kind in c.layer_types) * c.num_attention_heads * c.head_dim
+        def seen(window: int) -> int:
+            return window * (window + 1) // 2 + (time - window) * window
+
+        keys = sum(seen(min(kind.window or time, time)) for kind in c.kinds)
+        scores = keys * c.num_attention_heads * c.head_dim
         return 2 * time * (weights + added) + 4 * scores
 
     head = 2 * setup.response * c.hidden_size * c.vocab_size

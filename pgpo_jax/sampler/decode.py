@@ -361,20 +361,15 @@ def _feed(
     config, (keys, values, positions) = decoder.config, state.cache
     position = state.position[:, None]
     positions = lax.dynamic_update_slice(positions, position, (0, column))
-    visible = (positions >= 0) & (positions <= position)
-    masks = {"full_attention": visible}
-    if config.sliding_window is not None:
-        near = position - positions < config.sliding_window
-        masks["sliding_attention"] = visible & near
-    ropes = decoder._ropes(position)
+    masks, ropes = decoder._masks(position, positions), decoder._ropes(position)
     x = decoder._embed(state.token[:, None])
     new_keys, new_values = [], []
-    for i, kind in enumerate(config.layer_types):
-        query, key, value = decoder._project(layer_weights[i], x, ropes[kind])
+    for i, kind in enumerate(config.kinds):
+        query, key, value = decoder._project(layer_weights[i], x, ropes[kind.rope])
         for new, old, made in ((key, keys, new_keys), (value, values, new_values)):
             new = jnp.swapaxes(new, 1, 2).astype(old[i].dtype)
             made.append(lax.dynamic_update_slice(old[i], new, (0, 0, column, 0)))
-        attended = _attend(query[:, 0], new_keys[i], new_values[i], masks[kind])
+        attended = _attend(query[:, 0], new_keys[i], new_values[i], masks[kind.window][:, 0])
         x = decoder._finish(layer_weights[i], x, attended[:, None])
     return decoder._final(x)[:, 0], Cache(tuple(new_keys), tuple(new_values), positions)
 

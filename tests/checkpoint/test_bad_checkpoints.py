@@ -155,7 +155,8 @@ IN_CONFIG = "they must be those of qwen3 as config.json states it, in float32, b
         ),
         "an unknown architecture": (
             settings("config.json", model_type="gpt2"),
-            "model_type: got 'gpt2'; must be one of qwen3, qwen2, llama, olmo2, olmo3",
+            "model_type: got 'gpt2'; must be one of qwen3, qwen2, llama, olmo2, olmo3, mistral, "
+            "ministral, smollm3, gemma3_text, granite",
         ),
         "no config.json": (
             written("config.json", None),

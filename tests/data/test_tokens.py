@@ -90,3 +90,32 @@ def test_the_name_of_a_special_token_is_letters_where_it_was_marked():
         assert tokens[0] == 3
         assert not set(tokens[1:]) & {0, 1, 2, 3}
         assert tokenizer.decode(tokens[1:]) == text == data.unmarked(marked)
+
+
+REFUSES = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+)
+
+
+def test_a_system_message_that_a_template_refuses_begins_the_users_and_that_is_said_once():
+    tokenizer = make_tokenizer(template=REFUSES + TURNS)
+    system = [{"role": "system", "content": "Add."}]
+    data.tokens._say_folded.cache_clear()
+    with pytest.warns(UserWarning, match=r"refuses a system message \(.*no system role\)") as said:
+        texts = [data.render(tokenizer, [*system, *QUESTION, *QUESTION]) for _ in range(2)]
+    folded = [{"role": "user", "content": "Add.\n\n1+1="}, *QUESTION]
+    assert texts == [data.render(tokenizer, folded)] * 2
+    assert len(said) == 1
+
+
+def test_what_a_template_refuses_for_another_reason_is_refused():
+    system = [{"role": "system", "content": "Add."}]
+    for template, messages in (
+        (REFUSES + TURNS, system),
+        ("{{ raise_exception('never') }}", [*system, *QUESTION]),
+        ("{{ raise_exception('never') }}", QUESTION),
+    ):
+        with pytest.raises(
+            InputError, match=r"chat template refuses the conversation '.*'.*: n(o|e)"
+        ):
+            data.render(make_tokenizer(template=template), messages)

@@ -12,7 +12,7 @@ from byte_level import ALPHABET
 from refusal import ARCHITECTURE
 
 from pgpo_jax import config as config_module
-from pgpo_jax import distributions, fused, hf, losses
+from pgpo_jax import data, distributions, fused, hf, losses
 from pgpo_jax.errors import InputError
 from pgpo_jax.fields import dump_yaml
 from pgpo_jax.run import load_run
@@ -112,10 +112,13 @@ def test_without_a_chat_template_a_prompt_is_plain_text_and_that_is_said(loaded)
         loaded(make_tokenizer(None), [SYSTEM])
 
 
-def test_a_template_that_refuses_a_system_message_is_named(loaded):
+def test_a_system_message_that_a_template_refuses_stands_in_the_users_and_that_is_said(loaded):
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
-    with pytest.raises(InputError, match="the chat template refuses the conversation"):
-        loaded(make_tokenizer(refuses + CHAT), [SYSTEM])
+    data.tokens._say_folded.cache_clear()
+    with pytest.warns(UserWarning, match="the chat template refuses a system message"):
+        lines, warnings = preview(loaded(make_tokenizer(refuses + CHAT), [SYSTEM]))
+    assert r"Be brief.\n\n1+1=?" in lines[1]
+    assert warnings == []
 
 
 def test_a_template_that_is_not_the_same_twice_is_refused(loaded):

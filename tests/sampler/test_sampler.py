@@ -43,9 +43,9 @@ SAMPLING = SamplingConfig(num_samples=3, max_response_length=10, end_tokens=(3, 
 KEY = jax.random.key(5)
 
 
-def make(mesh=None):
+def make(mesh=None, config=CONFIG):
     options = models.Options(dtype=jnp.float32)
-    graphdef, params = models.init(CONFIG, options, jax.random.key(0), mesh)
+    graphdef, params = models.init(config, options, jax.random.key(0), mesh)
     # Far from uniform, so that a wrong key or position shows.
     return graphdef, jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, params)
 
@@ -95,6 +95,27 @@ def test_temperature_zero_takes_the_argmax_of_the_uncached_forward(decoder):
     np.testing.assert_array_equal(greedy.tokens, logits.argmax(-1))
     expected = np.asarray(jax.nn.log_softmax(logits)).max(-1)
     np.testing.assert_allclose(greedy.log_probs, expected, atol=1e-4)
+
+
+OTHER_LAYERS = {
+    "gemma3_text": {"sliding_window": 4, "sliding_window_pattern": 2, "query_pre_attn_scalar": 3},
+    "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 4},
+    "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma3_text", *(pytest.param(n, marks=pytest.mark.slow) for n in ("smollm3", "granite"))],
+)
+def test_layers_of_every_kind_decode_as_in_the_uncached_forward(model_type):
+    settings = {**CONFIG.to_hf(), "model_type": model_type, **OTHER_LAYERS[model_type]}
+    for name in ("layer_types", "rope_parameters", "rope_theta", "hidden_act"):
+        del settings[name]
+    other = make(config=models.ModelConfig.from_hf(settings))
+    greedy = run(other, dataclasses.replace(SAMPLING, temperature=0.0, end_tokens=()))
+    expected = np.asarray(jax.nn.log_softmax(forward(other, greedy)))
+    np.testing.assert_allclose(greedy.log_probs, expected.max(-1), atol=1e-4)
 
 
 def test_log_probs_are_of_the_distribution_really_drawn_from(decoder):

@@ -1,12 +1,14 @@
 """Writes the checkpoints and logits of `transformers` that test_parity.py compares with.
 
-Run where torch is installed: `python tests/make_goldens.py`. Every folder under tests/goldens
-holds a tiny random model as `transformers` saves it, in 16 bits, and its float32 logits. The folder
-tests/adapters holds adapters of one of them as `peft` saves them, and the logits with them.
+Run where torch is installed: `python tests/support/make_goldens.py`, or with the names of some.
+Every folder under goldens/ holds a tiny random model as `transformers` saves it, in 16 bits, and
+its float32 logits. The folder adapters/ holds adapters of one of them as `peft` saves them, and the
+logits with them.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,83 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     },
+    "mistral": {
+        **TINY,
+        "model_type": "mistral",
+        "head_dim": 12,
+        "sliding_window": 5,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 3e4,
+    },
+    "ministral": {
+        **TINY,
+        "model_type": "ministral",
+        "num_hidden_layers": 3,
+        "head_dim": 10,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 2e5,
+    },
+    "smollm3": {
+        **TINY,
+        "model_type": "smollm3",
+        "num_hidden_layers": 4,
+        "tie_word_embeddings": True,
+        "no_rope_layers": [1, 0, 1, 1],
+        "no_rope_layer_interval": 2,
+        "rope_theta": 5e4,
+        "pretraining_tp": 2,
+    },
+    "smollm3_sliding": {
+        **TINY,
+        "model_type": "smollm3",
+        "num_hidden_layers": 3,
+        "head_dim": 12,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "no_rope_layer_interval": 3,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    },
+    "gemma3": {
+        **TINY,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 4,
+        "head_dim": 12,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 5,
+        "sliding_window_pattern": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 2e5,
+        "rope_local_base_freq": 3e3,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "tie_word_embeddings": True,
+    },
+    "gemma3_nested": {
+        **{key: value for key, value in TINY.items() if key != "tie_word_embeddings"},
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1e5, **YARN},
+            "sliding_attention": {"rope_type": "linear", "rope_theta": 1e3, "factor": 2.0},
+        },
+    },
+    "granite": {
+        **TINY,
+        "model_type": "granite",
+        "embedding_multiplier": 7.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 3.0,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 4e4,
+    },
 }
 ROWS, TIME = 2, 40
 
@@ -142,7 +221,7 @@ def random_model(config: dict[str, Any], folder: Path) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Large enough that a mistake shows; norms and biases away from their initial values.
-            around = 1.0 if "norm" in name else 0.0
+            around = 1.0 if "norm" in name and config["model_type"] != "gemma3_text" else 0.0
             value = around + 0.25 * torch.randn(parameter.shape)
             parameter.copy_(value.to(torch.bfloat16).float())
     return model.float().eval()
@@ -191,9 +270,12 @@ def write_adapters() -> None:
 def main() -> None:
     import torch
 
-    shutil.rmtree(GOLDENS, ignore_errors=True)
+    names = sys.argv[1:]
     for name, config in CONFIGS.items():
         folder = GOLDENS / name
+        if names and name not in names:
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
         model = random_model(config, folder)
         expected = logits(model, *tokens())
         model.to(torch.bfloat16).save_pretrained(folder)
@@ -202,7 +284,8 @@ def main() -> None:
         (folder / "generation_config.json").unlink()
         np.savez_compressed(folder / "expected.npz", logits=expected)
         print(name, float(np.abs(expected).max()))
-    write_adapters()
+    if not names:
+        write_adapters()
 
 
 if __name__ == "__main__":
