@@ -56,6 +56,12 @@ MOVES = {
     *("dynamic-update-slice", "concatenate", "gather", "iota", "reverse", "bitcast-convert"),
     *("convert", "sort", "topk", "rng-bit-generator", "slice-start", "custom-call"),
 }
+# Of each element by itself, so that a fusion computes what is used of the result and no more.
+POINTWISE = {
+    *("add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "power"),
+    *("exponential", "log", "tanh", "logistic", "sqrt", "rsqrt", "compare", "select", "convert"),
+    *("exponential-minus-one", "log-plus-one", "and", "or", "not", "clamp"),
+}
 # Products of one block of queries and keys in the kernels of splash attention.
 SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 # Attention of cuDNN: scores and output; backward the scores again, and the gradients of the
@@ -382,7 +388,7 @@ def _used(module: Module, inside: Computation, name: str) -> int | None:
             read += _anywhere(user)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             pass  # updated in place
-        elif user.opcode in ("bitcast", "reshape", "convert"):  # of what is used of it only
+        elif user.opcode in ("bitcast", "reshape", *POINTWISE):  # where its result is used only
             part = _used(module, inside, user.name)
             if part is None:
                 return None

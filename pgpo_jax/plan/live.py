@@ -7,6 +7,7 @@ over an argument of the same size that is not needed again, as XLA's own buffer 
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,13 +16,6 @@ from pgpo_jax.plan.hlo import Computation, Instruction, Module, Shape, branches,
 SAME = {"bitcast", "while", "opt-barrier", "optimization-barrier", "domain", "add-dependency"}
 """Opcodes whose result is their operand."""
 IN_PLACE = {"dynamic-update-slice", "scatter", "all-reduce"}
-
-
-class Live(NamedTuple):
-    """Bytes alive at the moment when most are, and those of them that a mark was set on."""
-
-    total: int
-    marked: int
 
 
 class _Buffer(NamedTuple):
@@ -34,17 +28,19 @@ _Leaves = tuple[_Buffer | None, ...]
 """The buffer of each array of a value; None for an array that belongs to the caller."""
 
 
-def peak(module: Module, mark: Callable[[Shape], bool]) -> Live:
-    """Temporaries of one run at their largest.
+def peak(module: Module, kind: Callable[[Shape], str]) -> dict[str, int]:
+    """Bytes of one run's temporaries at the moment when they are most, by kind.
 
     Args:
       module: What `hlo.parse` read, of a compiled module.
-      mark: Whether an array is one of those to tell apart.
+      kind: What an array is for.
     """
-    return _peak(module, module.entry, mark, {})
+    return _peak(module, module.entry, kind, {})
 
 
-def _peak(module: Module, name: str, mark: Callable[[Shape], bool], known: dict[str, Live]) -> Live:
+def _peak(
+    module: Module, name: str, kind: Callable[[Shape], str], known: dict[str, dict[str, int]]
+) -> dict[str, int]:
     if name in known:
         return known[name]
     computation = module.computations[name]
@@ -54,23 +50,22 @@ def _peak(module: Module, name: str, mark: Callable[[Shape], bool], known: dict[
         for operand in (item.name, *item.operands):
             last |= {leaf: position for leaf in values.get(operand, ()) if leaf is not None}
     given = set(values[root(computation).name])  # in the caller's memory
-    changes = [[0, 0] for _ in range(len(computation) + 1)]
+    ends: dict[int, list[_Buffer]] = {}
+    alive: Counter[str] = Counter()
+    best: Counter[str] = Counter()
     for position, item in enumerate(computation.values()):
         for leaf in values[item.name]:
-            if leaf is None or leaf.owner != item.name or leaf in given:
-                continue
-            size = leaf.shape.bytes
-            for where, sign in ((position, 1), (last[leaf] + 1, -1)):
-                changes[where][0] += sign * size
-                changes[where][1] += sign * size * mark(leaf.shape)
-    best = Live(0, 0)
-    alive = itertools.accumulate(changes, lambda a, b: [a[0] + b[0], a[1] + b[1]])
-    for item, (total, marked) in zip(computation.values(), alive, strict=False):
-        inner = [_peak(module, inside, mark, known) for inside in _called(item)]
-        most = max(inner, default=Live(0, 0))
-        best = max(best, Live(total + most.total, marked + most.marked))
-    known[name] = best
-    return best
+            if leaf is not None and leaf.owner == item.name and leaf not in given:
+                alive[kind(leaf.shape)] += leaf.shape.bytes
+                ends.setdefault(last[leaf], []).append(leaf)
+        inner = [_peak(module, inside, kind, known) for inside in _called(item)]
+        most = max(inner, key=lambda found: sum(found.values()), default={})
+        if alive.total() + sum(most.values()) > best.total():
+            best = alive + Counter(most)
+        for leaf in ends.pop(position, []):
+            alive[kind(leaf.shape)] -= leaf.shape.bytes
+    known[name] = dict(best)
+    return known[name]
 
 
 def _called(item: Instruction) -> list[str]:
@@ -91,11 +86,23 @@ def _values(computation: Computation) -> dict[str, _Leaves]:
         for position, item in enumerate(computation.values())
         for operand in item.operands
     }
+    returned = _returned(computation)
     values: dict[str, _Leaves] = {}
     for position, item in enumerate(computation.values()):
         dying = [name for name in item.operands if last[name] == position]
-        values[item.name] = _result(item, values, dying)
+        values[item.name] = _result(item, values, [] if item.name in returned else dying)
     return values
+
+
+def _returned(computation: Computation) -> set[str]:
+    """Instructions whose results the caller has given memory for."""
+    found, waiting = set(), [root(computation).name]
+    while waiting:
+        item = computation[waiting.pop()]
+        found.add(item.name)
+        if item.opcode in ("tuple", "get-tuple-element", "bitcast"):
+            waiting += [name for name in item.operands if name not in found]
+    return found
 
 
 def _result(item: Instruction, values: dict[str, _Leaves], dying: list[str]) -> _Leaves:

@@ -16,9 +16,10 @@ NOT_COUNTED = (
 )
 """Programs of a run that a plan does not compile."""
 
-TEMPORARY = ("vocabulary", "activations", "temporaries")
-"""What the train step holds beside the state: tables and logits as wide as the vocabulary and what
-depends on lengths; `temporaries` are these two and the gradients."""
+TEMPORARY = ("vocabulary", "weights", "activations", "temporaries")
+"""What the train step holds beside the state: tables and logits as wide as the vocabulary, further
+arrays of the weights' shapes, and what depends on lengths; `temporaries` are these and the
+gradients."""
 
 
 class Compiled(NamedTuple):
@@ -96,11 +97,10 @@ def measure(setup: Setup) -> dict[str, Any]:
     except OutOfMemory as error:
         out["per_chip"]["total"] = error.needed
         return out | {"reason": "the train step is too large"}
-    beside = step.temporaries - state["gradients"]
-    vocabulary = min(_vocabulary(setup, step.module), max(beside, 0))
+    held, beside = _held(setup, step.module), max(step.temporaries - state["gradients"], 0)
     out["per_chip"] |= {
-        "vocabulary": vocabulary,
-        "activations": max(beside - vocabulary, 0),
+        **held,
+        "weights": max(beside - sum(held.values()), 0),
         "temporaries": step.temporaries,
         "total": step.total,
     }
@@ -117,15 +117,35 @@ def measure(setup: Setup) -> dict[str, Any]:
     return out | {"fits": True}
 
 
-def _vocabulary(setup: Setup, module: hlo.Module) -> int:
-    """Bytes of tables and logits among the temporaries, less those of gradients."""
+def _held(setup: Setup, module: hlo.Module) -> dict[str, int]:
+    """Bytes of the train step's `vocabulary` and `activations` where its memory is at its largest.
+
+    An array is told by its sizes: one of the vocabulary's, whole or split; or a parameter's, whole
+    or split, of all layers or one, in any order. Gradients are left out of the first.
+    """
     size, mesh = setup.architecture.vocab_size, setup.mesh.shape
     wide = {-(-size // parts) for parts in (1, mesh["tensor"], mesh["fsdp"], setup.mesh.size)}
     wide = {width for width in wide if width > setup.architecture.hidden_size}
-    held = live.peak(module, lambda shape: not wide.isdisjoint(shape.dims)).marked
-    params, _ = programs.abstract_params(setup)
-    tables = [leaf for leaf in jax.tree.leaves(params) if size in leaf.shape]
-    return max(held - programs.shard_bytes(tables), 0)
+    trained, frozen = programs.abstract_params(setup)
+    shapes: set[tuple[int, ...]] = set()
+    for leaf in jax.tree.leaves((trained, frozen)):
+        for sizes in (leaf.shape, leaf.sharding.shard_shape(leaf.shape)):
+            shapes |= {_sizes(sizes), _sizes(sizes[1:])}
+
+    def kind(array: hlo.Shape) -> str:
+        if not wide.isdisjoint(array.dims):
+            return "vocabulary"
+        return "weights" if _sizes(array.dims) in shapes else "activations"
+
+    found = live.peak(module, kind)
+    tables = [leaf for leaf in jax.tree.leaves(trained) if size in leaf.shape]
+    vocabulary = found.get("vocabulary", 0) - programs.shard_bytes(tables)
+    return {"vocabulary": max(vocabulary, 0), "activations": found.get("activations", 0)}
+
+
+def _sizes(dims: Sequence[int]) -> tuple[int, ...]:
+    """Of an array, in one order and without those that are 1."""
+    return tuple(sorted(size for size in dims if size > 1))
 
 
 def _train_work(setup: Setup, step: Compiled) -> dict[str, Any]:
