@@ -379,6 +379,8 @@ class ModelConfig:
         for name in ("no_rope_layers", *NUMBERS):
             if config[name] is None:
                 del config[name]
+            elif isinstance(config[name], float) and config[name].is_integer():
+                config[name] = int(config[name])  # transformers takes no 256.0 for some of them
         config["architectures"] = [f"{arch.name}ForCausalLM"]
         own_name = "hidden_activation" in arch.reads
         config["hidden_activation" if own_name else "hidden_act"] = arch.activation

@@ -268,7 +268,7 @@ class Decoder(nnx.Module):
     def _ropes(self, positions: Array) -> dict[rope.Rope | None, tuple[Array, Array] | None]:
         """Cosine and sine for the kinds of layers that this model has, None for those without."""
         return {
-            own: own and rope.table(own, self.config.head_dim, positions)
+            own: None if own is None else rope.table(own, self.config.head_dim, positions)
             for own in dict.fromkeys(kind.rope for kind in self.config.kinds)
         }
 
