@@ -113,7 +113,9 @@ SECTIONS: dict[str, list[Panel]] = {
 }
 EVERYTHING_ELSE = "Everything else"
 AGAINST = "Multiplier against information"
-BESIDE_THE_VALUE = re.compile(r".*/(low|high)$|eval/(.+/)?questions$|.+/left_out$")
+BESIDE_THE_VALUE = re.compile(
+    r".*/(low|high)$|eval/(.+/)?(questions|reward_min|reward_max)$|.+/left_out$"
+)
 
 
 def sections(experiments: Sequence[Experiment]) -> dict[str, list[Picture]]:
@@ -147,6 +149,8 @@ def _with_sets(panel: Panel, metrics: Iterable[str]) -> Panel:
     if EVALUATION not in panel.metrics:
         return panel
     labels = {found[1] for name in metrics if (found := ANOTHER_SET.fullmatch(name))}
+    if any(re.fullmatch("eval/(.+/)?reward_min", name) for name in metrics):
+        panel = panel._replace(title="Held-out reward", form="number")  # means, and no shares
     others = {rf"eval/{re.escape(label)}/avg@\d+": label for label in sorted(labels)}
     return panel._replace(metrics=panel.metrics | others)
 

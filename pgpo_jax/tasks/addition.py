@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.tasks import rewards
 from pgpo_jax.tasks.answers import Outcome
 from pgpo_jax.tasks.task import Example, Question, Task, TaskConfig
 
@@ -181,16 +180,14 @@ def load(config: TaskConfig) -> Task:
             f"task.train_questions: got {train} and {test} held out; addition has "
             f"{COUNT**2} questions"
         )
-    function = rewards.load(config.reward, config.reward_limit) if config.reward else None
     return Task(
         name="addition",
         train=Questions(test, train, config.seed),
         test=Questions(0, test, config.seed),
-        verify=function.verify if function else _verify,
+        verify=_verify,
         templates=TEMPLATES,
         examples=_examples,
         demonstration=lambda question: question.answer,
         solution=lambda question: question.answer,
         tokenizer=make_tokenizer(),
-        code=function.digest if function else "",
     )
