@@ -169,6 +169,19 @@ ROOT = Path(__file__).parent.parent
             "reprompt: {source: web}",
             "reprompt.source: got 'web'; must be one of sibling, solution, both",
         ),
+        "a solution where only feedback is shown": (
+            "reprompt: {source: both, use_feedback: only}",
+            "reprompt.source: got both; must be sibling with reprompt.use_feedback only, which "
+            "shows no demonstration",
+        ),
+        "an attempt that the template leaves out": (
+            "reprompt: {show_attempt: true, attempt_template: none}",
+            "reprompt.attempt_template: got 'none'; must hold {attempt}",
+        ),
+        "template options that are none": (
+            "reprompt: {template_options: [enable_thinking]}",
+            "reprompt.template_options: got ['enable_thinking']; must be fields and values",
+        ),
         "a solution of another question": (
             "reprompt: {source: both, demonstration: other}",
             "reprompt.source: got both; must be sibling with reprompt.demonstration other, which "

@@ -63,6 +63,16 @@ SECTIONS: dict[str, list[Panel]] = {
     ],
     "Information and multiplier": [
         Panel("Information", {"information": "information"}, "Nats per response token.", mark=0.0),
+        Panel(
+            "Information by context",
+            {
+                "information/demonstration": "demonstration",
+                "information/feedback": "feedback",
+                "information/both": "both",
+            },
+            "Nats per response token, of the responses whose teacher was shown that.",
+            mark=0.0,
+        ),
         Panel("Multiplier", {"multiplier": "multiplier"}, "Factor of every update.", mark=1.0),
     ],
     "Student and teacher": [
@@ -85,6 +95,16 @@ SECTIONS: dict[str, list[Panel]] = {
             "Success and context",
             {"success_group_fraction": "questions solved", "context_fraction": "with a context"},
             "Questions with a successful response; responses whose teacher saw more than they did.",
+            "share",
+        ),
+        Panel(
+            "Kinds of context",
+            {
+                "context/demonstration": "demonstration",
+                "context/feedback": "feedback",
+                "context/both": "both",
+            },
+            "Responses whose teacher was shown that.",
             "share",
         ),
         Panel(

@@ -1,5 +1,6 @@
 """Evaluations of a run: its sets of held-out questions, the teacher's, and the pre-flight check."""
 
+import dataclasses
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -154,6 +155,9 @@ class _Asked(NamedTuple):
         policy = within_training(policy)
         if shown:
             policy = policy.with_limit("reprompt.max_length", run.reprompt.max_length)
+            options = policy.prompts.template_options | run.reprompt.template_options
+            prompts = dataclasses.replace(policy.prompts, template_options=options)
+            policy = policy._replace(prompts=prompts)
         templates, demonstration = resolve_templates(run.reprompt), run.task.demonstration
 
         def show(question: Question):

@@ -50,6 +50,10 @@ class Example(NamedTuple):
     """What the prompt shows, as the teacher's would; None for the plain question."""
     response: str
     """What the model shall answer (the end token follows it)."""
+    feedback: str = ""
+    """What the prompt says of an earlier attempt, as the teacher's would; empty for nothing."""
+    attempt: str = ""
+    """That attempt, where the prompt shows it."""
 
 
 @dataclass(frozen=True)
