@@ -134,7 +134,7 @@ SECTIONS: dict[str, list[Panel]] = {
 EVERYTHING_ELSE = "Everything else"
 AGAINST = "Multiplier against information"
 BESIDE_THE_VALUE = re.compile(
-    r".*/(low|high)$|eval/(.+/)?(questions|reward_min|reward_max)$|.+/left_out$"
+    r".*/(low|high)$|eval/(.+/)?(questions|reward_min|reward_max)$|.+/left_out$|context/none$"
 )
 
 

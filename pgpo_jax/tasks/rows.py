@@ -126,7 +126,7 @@ def conversation(row: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
 def _refuse_tools_and_parts(row: Mapping[str, Any], messages: Any) -> None:
     """What a chat template may know and this package does not: to drop it would ask another
     question."""
-    if row.get("tools"):
+    if row.get("tools") and not isinstance(row["prompt"], str):
         raise RowError("got a column 'tools'; tools are not supported, so write them into the text")
     for message in messages if isinstance(messages, list) else []:
         if not isinstance(message, Mapping):
