@@ -321,7 +321,7 @@ def reprompt(
         `source` needs solutions and there are none.
     """
     shown = _what_is_shown(policy, questions, rollouts, outcomes, rng, config, solution)
-    kinds = np.array([_kind(row.what) for row in shown])
+    kinds = np.array([_kind(row.what) for row in shown], int)
     has_context = kinds > 0
     if config.demonstration == "plain":
         has_context[:] = True
