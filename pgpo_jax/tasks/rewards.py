@@ -21,6 +21,8 @@ from pgpo_jax.tasks.task import Question, TaskConfig, Verify
 from pgpo_jax.tasks.user_code import TooLong, digest, import_function, place, show, time_limit
 
 RULE = "must return a finite number or None a completion, or (number, feedback), or a dict of both"
+ROUNDING = 1e-6
+"""So far outside [0, 1] a reward is rounding, and not warned of."""
 SEARCH = 10.0
 """Seconds for which the row is looked for at which a function fails."""
 METRICS = ("mean", "std", "failed")
@@ -100,7 +102,7 @@ def load(config: TaskConfig) -> Judge | None:
         given = call_rewards(functions, asked, config.reward_limit)
         rows = zip(*given, strict=True)
         outcomes = [_sum(labels, weights, row, asked.place(i)) for i, row in enumerate(rows)]
-        outside = (i for i, outcome in enumerate(outcomes) if not 0 <= outcome.reward <= 1)
+        outside = (i for i, outcome in enumerate(outcomes) if _leaves_0_to_1(outcome.reward))
         if not warned and (row := next(outside, None)) is not None:
             warned = True
             warnings.warn(
@@ -111,6 +113,10 @@ def load(config: TaskConfig) -> Judge | None:
         return outcomes
 
     return Judge(verify, labels, code if any(files) else "")
+
+
+def _leaves_0_to_1(reward: float) -> bool:
+    return not -ROUNDING <= reward <= 1 + ROUNDING
 
 
 def metric_names(functions: Sequence[str]) -> tuple[str, ...]:
@@ -156,7 +162,7 @@ def _sum(
             "it, so leave such rows out of the data, or add a function that does"
         )
     reward = math.fsum(weight * value for _, weight, value in judged)
-    if len(row) > 1:  # 0.1 + 0.7 must reach a threshold of 0.8
+    if len(row) > 1 or weights[0] != 1:  # 0.1 + 0.7 must reach a threshold of 0.8
         reward = float(f"{reward:.12g}")
     return Outcome(
         reward,
