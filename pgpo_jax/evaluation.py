@@ -15,6 +15,8 @@ from pgpo_jax.errors import InputError, require
 from pgpo_jax.sampler import Conversation, Policy, rollout
 from pgpo_jax.tasks import Outcome, Question, Task, TaskConfig, given_answer
 
+LARGEST = 1e30
+"""A reward's size: float32 holds it and sums of many of them."""
 Tell = Callable[[int, int], None]
 """Hears how many of how many questions of all hosts are answered, before the first and after each
 batch, on all hosts alike; what it raises ends the evaluation."""
@@ -217,9 +219,25 @@ def answer(
 def verify(
     task: Task, questions: Sequence[Question], texts: Sequence[Sequence[str]]
 ) -> list[list[Outcome]]:
-    """Outcomes `[question][sample]` of responses `[question][sample]`."""
+    """Outcomes `[question][sample]` of responses `[question][sample]`.
+
+    Raises:
+      InputError: A task of the user's gives too few, or a reward that is no finite float32.
+    """
     repeated = [question for question, group in zip(questions, texts, strict=True) for _ in group]
-    outcomes = iter(task.verify(repeated, [text for group in texts for text in group]))
+    found = task.verify(repeated, [text for group in texts for text in group])
+    if len(found) != len(repeated):
+        raise InputError(
+            f"task: {task.name} gave {len(found)} outcomes for {len(repeated)} responses; must be "
+            "one each"
+        )
+    for question, outcome in zip(repeated, found, strict=True):
+        if not abs(outcome.reward) <= LARGEST:  # true for nan
+            raise InputError(
+                f"task: {task.name} gave the reward {outcome.reward} for a response to "
+                f"{question.key!r}; must be a finite number, {LARGEST:g} at most"
+            )
+    outcomes = iter(found)
     return [[next(outcomes) for _ in group] for group in texts]
 
 
@@ -229,7 +247,8 @@ def scores(answered: Answered, questions: int, threshold: float = 0.5) -> dict[s
     avg@k is the mean over questions of a question's mean reward; the samples of one question are
     not independent, so the interval comes from the spread between questions. pass@k is the share of
     questions with a success among their answers, maj@k that of questions whose most frequent answer
-    is one.
+    is one. Where rewards leave [0, 1], so may the interval, and `reward_min` and `reward_max` say
+    how far.
 
     Args:
       answered: This host's answers.
@@ -245,26 +264,32 @@ def scores(answered: Answered, questions: int, threshold: float = 0.5) -> dict[s
                 _majority(group, [given_answer(text) for text in texts]) >= threshold,
                 np.mean([outcome.well_formed for outcome in outcomes]),
                 np.mean(lengths),
+                np.min(group),
+                np.max(group),
             )
             for group, texts, outcomes, lengths in zip(
                 rewards, answered.texts, answered.outcomes, answered.lengths, strict=True
             )
         ],
         np.float32,
-    ).reshape(-1, 5)
+    ).reshape(-1, 7)
     per_question = sharding.gather_rows(per_question, questions)
-    average, best, majority, well_formed, length = per_question.mean(axis=0)
+    average, best, majority, well_formed, length, *_ = per_question.mean(axis=0)
+    within = per_question[:, 5].min() >= 0 and per_question[:, 6].max() <= 1
+    least, most = (0.0, 1.0) if within else (-np.inf, np.inf)
     error = 1.96 * per_question[:, 0].std(ddof=1) / np.sqrt(questions) if questions > 1 else 0.0
     k = answered.lengths.shape[1]
     values = {
         f"avg@{k}": average,
-        f"avg@{k}/low": max(average - error, 0.0),
-        f"avg@{k}/high": min(average + error, 1.0),
+        f"avg@{k}/low": max(average - error, least),
+        f"avg@{k}/high": min(average + error, most),
         f"pass@{k}": best,
         f"maj@{k}": majority,
         "format": well_formed,
         "response_length": length,
     }
+    if not within:  # who reads the others is told that they are no shares
+        values |= {"reward_min": per_question[:, 5].min(), "reward_max": per_question[:, 6].max()}
     return {name: float(value) for name, value in values.items()}
 
 

@@ -9,14 +9,16 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import json
 import math
+import operator
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
@@ -157,11 +159,21 @@ _PLAIN: dict[Any, str] = {
 def describe(kind: Any) -> str:
     """What a value of a field of this type must be, in words."""
     kind, null = _without_null(kind)
-    each = ", each " + describe(get_args(kind)[0]) if get_origin(kind) is tuple else ""
-    return _rule(kind) + each + null
+    return " or ".join(_rule(choice) + _each(choice) for choice in _choices(kind)) + null
+
+
+def _each(kind: Any) -> str:
+    return ", each " + describe(get_args(kind)[0]) if get_origin(kind) is tuple else ""
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, such as that of text and a list of texts; else the one type."""
+    return get_args(kind) if isinstance(kind, UnionType) else (kind,)
 
 
 def _rule(kind: Any) -> str:
+    if isinstance(kind, UnionType):
+        return " or ".join(map(_rule, get_args(kind)))
     origin = get_origin(kind)
     if origin is Literal:
         return f"one of {', '.join(get_args(kind))}"
@@ -175,8 +187,8 @@ def _without_null(kind: Any) -> tuple[Any, str]:
     choices = get_args(kind)
     if NoneType not in choices:
         return kind, ""
-    (kind,) = (choice for choice in choices if choice is not NoneType)
-    return kind, " or null"
+    kinds = [choice for choice in choices if choice is not NoneType]
+    return functools.reduce(operator.or_, kinds), " or null"
 
 
 def _value(kind: Any, value: Any, name: str) -> Any:
@@ -185,6 +197,8 @@ def _value(kind: Any, value: Any, name: str) -> Any:
     kind, null = _without_null(kind)
     if null and value is None:
         return None
+    stated, listed = kind, isinstance(value, list | tuple)
+    kind = next((k for k in _choices(stated) if (get_origin(k) is tuple) == listed), kind)
     origin, choices = get_origin(kind), get_args(kind)
     if kind is float:
         if _is_number(value):
@@ -199,7 +213,7 @@ def _value(kind: Any, value: Any, name: str) -> Any:
     else:
         fits = type(value) is kind
     if not fits:
-        rule = f"{_rule(kind)}{null}{_quotes(kind, value)}"
+        rule = f"{_rule(stated)}{null}{_quotes(kind, value)}"
         raise InputError(f"{name}: got {show(value)}; must be {rule}")
     if origin is tuple:
         return tuple(_item(choices[0], item, f"{name}[{i}]") for i, item in enumerate(value))

@@ -27,8 +27,10 @@ TEMPLATES: Mapping[str, str] = {
     "reprompt": "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
     "solution": "\nCorrect solution:\n\n{demonstration}",
     "feedback": "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}",
+    "attempt": "\nYour earlier attempt:\n\n{attempt}",
 }
-"""The published templates; a task or the config replaces single ones."""
+"""The published templates, and `attempt`, which is ours; a task or the config replaces single
+ones."""
 
 THINKING: Mapping[str, str] = {
     "<think>": "</think>",
@@ -40,13 +42,13 @@ THINKING: Mapping[str, str] = {
 }
 """The marks around a model's reasoning."""
 
-Build = Callable[[str | None, str], str]
 Solve = Callable[[Question], str | None]
 
 FIELDS = {
     "reprompt": ("{prompt}", "{solution}", "{feedback}"),
     "solution": ("{demonstration}",),
     "feedback": ("{feedback}",),
+    "attempt": ("{attempt}",),
 }
 """What each template must hold."""
 
@@ -68,8 +70,19 @@ class RepromptConfig:
     plain prompt; `other`, it sees a success of another question. `plain`: every row trains and the
     teacher sees the plain prompt, as one that knows more by itself does (`teacher.path`)."""
 
-    use_feedback: Literal["without_demonstration", "always", "never"] = "without_demonstration"
-    """When the verifier's feedback on the response itself is shown."""
+    use_feedback: Literal["without_demonstration", "always", "never", "only"] = (
+        "without_demonstration"
+    )
+    """When the verifier's feedback on the response itself is shown: where there is no
+    demonstration; beside it too; not at all; or `only` it, and no demonstration."""
+
+    show_attempt: bool = False
+    """Where there is a demonstration or feedback, the response itself is shown before the latter as
+    the earlier attempt (an ablation of SDPO's: the teacher then keeps closer to it)."""
+
+    template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of the chat template in the teacher's prompts, over those of `data.template_options`,
+    e.g. `{enable_thinking: true}` for a teacher that may think where the student may not."""
 
     remove_thinking: bool = True
     """Remove the reasoning from demonstrations: `<think>...</think>` (an unclosed block stays), and
@@ -87,6 +100,10 @@ class RepromptConfig:
     feedback_template: str | None = None
     """Fills {feedback} where there is feedback; null: the task's, else SDPO's."""
 
+    attempt_template: str | None = None
+    """Fills {feedback}, before the feedback, with the {attempt} that `show_attempt` shows; null:
+    the task's, else ours."""
+
     evidence_template: str | None = None
     """Fills {solution} where `objective.advantage` shows the model a final answer, as
     {demonstration}; null: the solution template."""
@@ -100,8 +117,8 @@ class RepromptConfig:
                 "sibling, none, other or plain",
             ),
             use_feedback=(
-                self.use_feedback in ("without_demonstration", "always", "never"),
-                "without_demonstration, always or never",
+                self.use_feedback in ("without_demonstration", "always", "never", "only"),
+                "without_demonstration, always, never or only",
             ),
             threshold=(math.isfinite(self.threshold), "finite"),
             max_length=(self.max_length > 0, "positive (tokens)"),
@@ -111,6 +128,13 @@ class RepromptConfig:
                 f"reprompt.source: got {self.source}; must be sibling with reprompt.demonstration "
                 "other, which shows a success of another question"
             )
+        if self.use_feedback == "only":
+            for name in ("source", "demonstration"):
+                if (value := getattr(self, name)) != "sibling":
+                    raise InputError(
+                        f"reprompt.{name}: got {value}; must be sibling with reprompt.use_feedback "
+                        "only, which shows no demonstration"
+                    )
         for name, fields in (*FIELDS.items(), ("evidence", FIELDS["solution"])):
             template = getattr(self, f"{name}_template")
             if template is not None and not all(field in template for field in fields):
@@ -130,7 +154,7 @@ def with_templates(config: RepromptConfig, task_templates: Mapping[str, str]) ->
 
 
 def resolve_templates(config: RepromptConfig) -> dict[str, str]:
-    """The templates `reprompt`, `solution` and `feedback`: the config's, else SDPO's."""
+    """The templates by name: the config's, else those of `TEMPLATES`."""
     stated = {name: getattr(config, f"{name}_template") for name in TEMPLATES}
     return {
         name: default if stated[name] is None else stated[name]
@@ -179,6 +203,7 @@ def teacher_messages(
     demonstration: str | None,
     feedback: str,
     templates: Mapping[str, str],
+    attempt: str = "",
 ) -> list[dict[str, str]]:
     """The question's conversation with the filled template as its last message.
 
@@ -190,6 +215,7 @@ def teacher_messages(
       demonstration: a correct response, or None.
       feedback: feedback on the response itself, or "".
       templates: from `resolve_templates`.
+      attempt: the response itself, or "".
     """
     messages = [dict(message) for message in messages]
     if demonstration is None and not feedback:
@@ -197,8 +223,10 @@ def teacher_messages(
     solution, remark = "", ""
     if demonstration is not None:
         solution = fill(templates["solution"], demonstration=demonstration)
+    if attempt:
+        remark = fill(templates["attempt"], attempt=attempt)
     if feedback:
-        remark = fill(templates["feedback"], feedback=feedback)
+        remark += fill(templates["feedback"], feedback=feedback)
     content = fill(
         templates["reprompt"],
         prompt=messages[-1]["content"],
@@ -293,11 +321,12 @@ def reprompt(
         `source` needs solutions and there are none.
     """
     shown = _what_is_shown(policy, questions, rollouts, outcomes, rng, config, solution)
-    has_context = np.array([row.demonstration is not None or row.feedback != "" for row in shown])
+    kinds = np.array([_kind(row.what) for row in shown], int)
+    has_context = kinds > 0
     if config.demonstration == "plain":
         has_context[:] = True
     if config.demonstration in ("none", "plain"):  # the teacher sees no more than the student
-        shown = [row._replace(demonstration=None, feedback="") for row in shown]
+        shown = [row._replace(what=NOTHING) for row in shown]
     prompts = _build_prompts(policy, questions, rollouts, shown, config)
     tokens, mask = _pad([prompts[row].tokens for row in shown], config.max_length)
     return data.TeacherPrompts(
@@ -306,15 +335,32 @@ def reprompt(
         has_context=has_context,
         texts=[data.unmarked(prompts[row].text) for row in shown],
         shortened=sum(prompts[row].shortened for row in shown),
+        kinds=kinds,
     )
+
+
+class What(NamedTuple):
+    """What a teacher's prompt shows."""
+
+    demonstration: str | None = None
+    feedback: str = ""
+    attempt: str = ""
+
+
+NOTHING = What()
+Build = Callable[[What], str]
 
 
 class _Shown(NamedTuple):
     """What the teacher of a response is shown."""
 
     question: int
-    demonstration: str | None
-    feedback: str
+    what: What
+
+
+def _kind(what: What) -> int:
+    """The place of a context's kind in `data.KINDS`."""
+    return (what.demonstration is not None) + 2 * (what.feedback != "")
 
 
 class _Prompt(NamedTuple):
@@ -349,8 +395,8 @@ def teacher_prompt(
     policy: Policy, question: Question, demonstration: str, config: RepromptConfig
 ) -> str:
     """The text of the prompt in which the teacher of a question is shown a demonstration."""
-    build = _builder(policy, question, resolve_templates(config))
-    return data.unmarked(build(demonstration, ""))
+    build = _builder(policy, question, resolve_templates(config), config.template_options)
+    return data.unmarked(build(What(demonstration)))
 
 
 def _what_is_shown(
@@ -373,14 +419,21 @@ def _what_is_shown(
     shown = []
     for question, group in enumerate(outcomes):
         for sample, outcome in enumerate(group):
-            pair = None if config.source == "solution" else chosen[question][sample]
+            own = config.source == "solution" or config.use_feedback == "only"
+            pair = None if own else chosen[question][sample]
             demonstration = given[question] if pair is None else rollouts.texts[pair[0]][pair[1]]
             if pair is not None and demonstration is not None and config.remove_thinking:
                 demonstration = as_demonstration(policy, questions[question], demonstration)
-            wanted = config.use_feedback == "always" or (
+            wanted = config.use_feedback in ("always", "only") or (
                 config.use_feedback == "without_demonstration" and demonstration is None
             )
-            shown.append(_Shown(question, demonstration, outcome.feedback if wanted else ""))
+            what = What(demonstration, outcome.feedback if wanted else "")
+            if config.show_attempt and what != NOTHING:
+                attempt = rollouts.texts[question][sample]
+                if config.remove_thinking:
+                    attempt = as_demonstration(policy, questions[question], attempt)
+                what = what._replace(attempt=attempt)
+            shown.append(_Shown(question, what))
     return shown
 
 
@@ -393,36 +446,38 @@ def _build_prompts(
 ) -> dict[_Shown, _Prompt]:
     """The prompt of everything that is shown. Siblings mostly share one demonstration: each
     different one is built and tokenized once."""
-    templates = resolve_templates(config)
-    builders = [_builder(policy, question, templates) for question in questions]
-    texts = {row: builders[row.question](*row[1:]) for row in dict.fromkeys(shown)}
+    templates, options = resolve_templates(config), config.template_options
+    builders = [_builder(policy, question, templates, options) for question in questions]
+    texts = {row: builders[row.question](row.what) for row in dict.fromkeys(shown)}
     rows = data.tokenize(policy.tokenizer, list(texts.values()))
     prompts = {}
     for (row, text), tokens in zip(texts.items(), rows, strict=True):
-        if row.demonstration is None and not row.feedback:
+        if row.what == NOTHING and not options:
             prompts[row] = _Prompt(text, _students_tokens(rollouts, row.question))
-        elif len(tokens) <= config.max_length:
+        elif len(tokens) <= config.max_length or row.what == NOTHING:
             prompts[row] = _Prompt(text, tokens)
         else:
             build, key = builders[row.question], questions[row.question].key
-            short = _shorten(build, row[1:], policy.tokenizer, config.max_length, key)
+            short = _shorten(build, row.what, policy.tokenizer, config.max_length, key)
             prompts[row] = _Prompt(*short, shortened=True)
     return prompts
 
 
-def _builder(policy: Policy, question: Question, templates: Mapping[str, str]) -> Build:
-    """(demonstration, feedback) -> the text of the teacher's prompt.
+def _builder(
+    policy: Policy, question: Question, templates: Mapping[str, str], options: Mapping[str, Any]
+) -> Build:
+    """What is shown -> the text of the teacher's prompt, with these options of the chat template.
 
     What a model or a verifier wrote holds no control tokens, whatever it says: `data.letters`.
     """
-    tokenizer = policy.tokenizer
+    tokenizer, options = policy.tokenizer, {**policy.prompts.template_options, **options}
 
-    def build(demonstration: str | None, feedback: str) -> str:
-        if demonstration is not None:
-            demonstration = data.letters(tokenizer, demonstration)
-        feedback = data.letters(tokenizer, feedback)
-        messages = teacher_messages(question.messages, demonstration, feedback, templates)
-        return data.render(tokenizer, messages, policy.prompts.template_options)
+    def build(what: What) -> str:
+        demonstration, feedback, attempt = (text and data.letters(tokenizer, text) for text in what)
+        messages = teacher_messages(
+            question.messages, demonstration, feedback or "", templates, attempt or ""
+        )
+        return data.render(tokenizer, messages, options)
 
     return build
 
@@ -448,11 +503,11 @@ def answer_prompts(
     def encode(index: int, answer: str | None) -> list[int]:
         if answer is None:
             return _students_tokens(rollouts, index)
-        build = _builder(policy, questions[index], templates)
-        tokens = data.tokenize(policy.tokenizer, [build(answer, "")])[0]
+        build = _builder(policy, questions[index], templates, config.template_options)
+        tokens = data.tokenize(policy.tokenizer, [build(What(answer))])[0]
         if len(tokens) <= config.max_length:
             return tokens
-        shown, key = (answer, ""), questions[index].key
+        shown, key = What(answer), questions[index].key
         return _shorten(build, shown, policy.tokenizer, config.max_length, key)[1]
 
     wrong = [
@@ -503,35 +558,44 @@ def _pad(rows: list[list[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shorten(
-    build: Build, shown: tuple[str | None, str], tokenizer: Any, limit: int, key: str
+    build: Build, shown: What, tokenizer: Any, limit: int, key: str
 ) -> tuple[str, list[int]]:
-    """Keeps as much of the demonstration's end as fits (the answer is there), then of feedback."""
-    demonstration, feedback = shown
+    """Keeps as much as fits of the attempt's end, then, without it, of the demonstration's (the
+    answer is there), then of the feedback's beginning."""
 
-    def encoded(demo: str | None, remark: str) -> tuple[str, list[int]]:
-        text = build(demo, remark)
+    def encoded(what: What) -> tuple[str, list[int]]:
+        text = build(what)
         return text, data.tokenize(tokenizer, [text])[0]
 
-    def most(count: int, fits: Callable[[int], bool]) -> int:
-        low, high = 0, count  # the largest size that fits, 0 if none does
+    def fits(what: What) -> bool:
+        return len(encoded(what)[1]) <= limit
+
+    def cut(what: What, name: str, size: int) -> What:
+        whole = getattr(what, name) or ""
+        return what._replace(**{name: whole[:size] if name == "feedback" else _end(whole, size)})
+
+    def most(what: What, name: str) -> int:
+        low, high = 0, len(getattr(what, name) or "")  # the largest size that fits, 0 if none does
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+            low, high = (middle, high) if fits(cut(what, name, middle)) else (low, middle - 1)
         return low
 
-    if demonstration:
-        whole = demonstration
-        kept = most(len(whole), lambda size: len(encoded(whole[-size:], feedback)[1]) <= limit)
-        if kept:
-            return encoded(whole[-kept:], feedback)
-        demonstration = whole[-1:]
-    kept = most(
-        len(feedback), lambda size: len(encoded(demonstration, feedback[:size])[1]) <= limit
-    )
-    if kept:
-        return encoded(demonstration, feedback[:kept])
-    size = len(encoded(demonstration and demonstration[-1:], feedback[:1])[1])
+    for name in ("attempt", "demonstration", "feedback"):
+        if kept := most(shown, name):
+            return encoded(cut(shown, name, kept))
+        if name == "attempt" and shown.attempt:
+            shown = shown._replace(attempt="")
+            if fits(shown):
+                return encoded(shown)
+        elif getattr(shown, name):
+            shown = cut(shown, name, 1)
+    size = len(encoded(shown)[1])
     raise InputError(
         f"reprompt.max_length: got {limit}; question {key!r} and the instruction alone have "
         f"{size} tokens; raise it to the longest prompt plus room for a demonstration"
     )
+
+
+def _end(text: str, size: int) -> str:
+    return text[len(text) - size :]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from pgpo_jax.data import (
     response_hidden,
     responses_of,
     to_mean_1,
+    to_means,
     to_tokens,
 )
 from pgpo_jax.fused import Side, Terms
@@ -29,6 +30,13 @@ from pgpo_jax.state import TrainState
 from pgpo_jax.teacher import AVERAGE, TeacherConfig, refresh, taught
 
 Measured = dict[str, Float[Array, "..."]]
+
+
+class _Each(NamedTuple):
+    """Measurements that are no sums."""
+
+    token_divergence: Float[Array, "part token"]
+    response_information: Float[Array, "part response"]
 
 
 def make_train_step(
@@ -63,7 +71,8 @@ def make_train_step(
       `(state, batch, frozen=None, steps=1) -> (state, measurements)`; the state is donated, the
       parameters `frozen` beside adapters are not, and `steps` is 0 for all but the last of a step's
       updates. Measurements are float32 scalars in the units of their definitions (nats per response
-      token), and `token_divergence` of the batch's `responses`: anything outside their mask.
+      token); `token_divergence` of the batch's `responses`, anything outside their mask; and
+      `response_information`, `[part, response]`, nats per token.
     """
     mesh, aggregation = shardings.step.mesh, options.config.aggregation
     hooks = {"policy_terms": objective.policy_terms, "target": objective.target}
@@ -76,13 +85,14 @@ def make_train_step(
         forward = _forward(whole, models, batch, options, teacher_config)
         loss, terms, measured = objective.loss(forward, weights["loss"])
         measured |= _measure(terms, weights, batch, options) | {"loss": loss}
-        return loss, (measured, terms.divergence.reshape(batch.responses.shape))
+        gaps = to_means(batch, terms.information[options.config.estimator])
+        return loss, (measured, _Each(terms.divergence.reshape(batch.responses.shape), gaps))
 
     def train_step(state: TrainState, batch: Batch, frozen: Params | None = None, steps: Any = 1):
         weights, learns = _weights(objective, batch, state.step, aggregation)
         params = state.student, state.teacher, frozen
         grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), *params)
-        grads, (measured, divergence) = _accumulate(grad_fn, batch, weights, mesh)
+        grads, (measured, each) = _accumulate(grad_fn, batch, weights, mesh)
         grad_norm = optax.tree.norm(grads)
         numbers = jnp.stack([measured["loss"], measured["information"], grad_norm])
         finite = jnp.all(jnp.isfinite(numbers))
@@ -110,7 +120,7 @@ def make_train_step(
             "finite": finite.astype(jnp.float32),
             "skipped": 1.0 - (learns & finite),
             "padding_fraction": padding_fraction(batch),
-            "token_divergence": divergence,
+            **each._asdict(),
         }
         return state._replace(step=state.step + steps), jax.tree.map(place, measured)
 
@@ -231,21 +241,21 @@ def _measure(
 
 def _accumulate(grad_fn: Callable[..., Any], batch: Batch, weights: Any, mesh: Mesh) -> Any:
     """Gradients and measurements summed over micro-batches, whose weights were fixed on the whole
-    batch; and the divergence of every token."""
+    batch; and those of every token or response."""
     count, whole = micro_batches(batch, mesh), (batch, weights)
     if count == 1:
         return grad_fn(*whole)
 
     def add(total, part):
-        grads, (measured, divergence) = grad_fn(*part)
-        return jax.tree.map(jnp.add, total, (grads, measured)), divergence
+        grads, (measured, each) = grad_fn(*part)
+        return jax.tree.map(jnp.add, total, (grads, measured)), each
 
     parts = jax.tree.map(functools.partial(_split, parts=count, mesh=mesh), whole)
     first = jax.tree.map(lambda x: x[0], parts)
     grads, (measured, _) = jax.eval_shape(grad_fn, *first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, measured))
-    (grads, measured), divergence = jax.lax.scan(add, zeros, parts)
-    return grads, (measured, _join(divergence))
+    (grads, measured), each = jax.lax.scan(add, zeros, parts)
+    return grads, (measured, jax.tree.map(_join, each))
 
 
 def _flat(x: Any) -> Array:

@@ -6,7 +6,7 @@ more than itself, and self-distillation has nothing to give. Off by default.
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -172,20 +172,29 @@ def _encode(
     are left out, and the tokens of the longest of these."""
     templates, limit = resolve_templates(reprompt), reprompt.max_length
     examples = examples[sharding.host_rows(len(examples))]
-    tokenizer = policy.tokenizer
-    prompts = data.encode(
-        tokenizer,
-        [
-            teacher_messages(
-                example.question.messages, example.demonstration, example.feedback, templates
-            )
-            for example in examples
-        ],
-        max_length=sys.maxsize if policy.prompts.over_long == "drop" else limit,
-        template_options=policy.prompts.template_options,
-        names=[example.question.key for example in examples],
-        field="reprompt.max_length",
-    )
+    tokenizer, own = policy.tokenizer, policy.prompts.template_options
+    conversations = [
+        teacher_messages(e.question.messages, e.demonstration, e.feedback, templates, e.attempt)
+        for e in examples
+    ]
+
+    def encode(options: Mapping[str, Any]) -> list[list[int]]:
+        return data.encode(
+            tokenizer,
+            conversations,
+            max_length=sys.maxsize if policy.prompts.over_long == "drop" else limit,
+            template_options=options,
+            names=[example.question.key for example in examples],
+            field="reprompt.max_length",
+        )
+
+    prompts = encode(own)
+    if reprompt.template_options:
+        pairs = zip(examples, prompts, encode(own | reprompt.template_options), strict=True)
+        prompts = [
+            plain if e.demonstration is None and not e.feedback else shown
+            for e, plain, shown in pairs
+        ]
     texts = [example.response for example in examples]
     responses = tokenizer(texts, add_special_tokens=False)["input_ids"]
     end = _end_token(policy)

@@ -174,6 +174,19 @@ ROOT = Path(__file__).parent.parent
             "reprompt: {source: web}",
             "reprompt.source: got 'web'; must be one of sibling, solution, both",
         ),
+        "a solution where only feedback is shown": (
+            "reprompt: {source: both, use_feedback: only}",
+            "reprompt.source: got both; must be sibling with reprompt.use_feedback only, which "
+            "shows no demonstration",
+        ),
+        "an attempt that the template leaves out": (
+            "reprompt: {show_attempt: true, attempt_template: none}",
+            "reprompt.attempt_template: got 'none'; must hold {attempt}",
+        ),
+        "template options that are none": (
+            "reprompt: {template_options: [enable_thinking]}",
+            "reprompt.template_options: got ['enable_thinking']; must be fields and values",
+        ),
         "a solution of another question": (
             "reprompt: {source: both, demonstration: other}",
             "reprompt.source: got both; must be sibling with reprompt.demonstration other, which "
@@ -496,6 +509,47 @@ def test_a_bad_command_line_is_refused(given, expected, refused):
             {"evaluation": {"also": [{"label": "far", "test_questions": 0}]}},
             "evaluation.also[0]: task: got no held-out question of addition; must have some",
         ),
+        "a task that is none": (
+            {"task": {"name": "chess"}},
+            "task.name: got 'chess'; must be one of addition, ..., or `module:function`",
+        ),
+        "a task from nowhere": (
+            {"task": {"name": "no_such_module:task"}},
+            "task.name: got 'no_such_module:task', but importing 'no_such_module' raised ...; must "
+            "be module:function, installed or in this folder",
+        ),
+        "a field that a task of one's own does not read": (
+            {"task": {"name": "no_such_module:task", "seed": 1}},
+            "task.seed: got 1; task.name = no_such_module:task does not read it, so leave it out",
+        ),
+        "no reward function": (
+            {"task": {"reward": []}},
+            "task.reward: got (); must be `module:function`, such as `my_rewards:accuracy`, or a "
+            "list of them",
+        ),
+        "a reward function that is a number": (
+            {"task": {"reward": 5}},
+            "task.reward: got 5; must be text or a list or null, in quotes",
+        ),
+        "a reward function twice": (
+            {"task": {"reward": ["a:f", "a:f"]}},
+            "task.reward: got a:f, a:f; must be different functions",
+        ),
+        "a weight too few": (
+            {"task": {"reward": ["a:f", "a:g"], "reward_weights": [1]}},
+            "task.reward_weights: got (1.0,); must be a finite number for each of 2 reward "
+            "functions, not all 0",
+        ),
+        "weights that weigh nothing": (
+            {"task": {"reward": ["a:f", "a:g"], "reward_weights": [0, 0]}},
+            "task.reward_weights: got (0.0, 0.0); must be a finite number for each of 2 reward "
+            "functions, not all 0",
+        ),
+        "weights of nothing": (
+            {"task": {"reward_weights": [1]}},
+            "task.reward_weights: got (1.0,); must be a finite number for each of 0 reward "
+            "functions, not all 0",
+        ),
         "a folder that is a file": (
             {"output_dir": "run.yaml"},
             "output_dir: run.yaml cannot be written (File exists)",
@@ -708,7 +762,8 @@ def test_a_data_set_of_which_no_row_is_left_is_refused(refused, monkeypatch):
 
 # ---- rewards -------------------------------------------------------------------------------------
 
-RULE = "must return one number in [0, 1] a completion, or (number, feedback), or a dict of both"
+RULE = "must return a finite number or None a completion, or (number, feedback), or a dict of both"
+AT = "for completion 0 (...)"
 
 
 @table(
@@ -753,27 +808,34 @@ RULE = "must return one number in [0, 1] a completion, or (number, feedback), or
         ),
         "returns NaN": (
             "def reward(prompts, **columns):\n    return [float('nan')] * 8",
-            f"task.reward: own_rewards:reward returned nan for a completion; {RULE}",
+            f"task.reward: own_rewards:reward returned nan {AT}; {RULE}",
         ),
         "returns infinity": (
             "def reward(prompts, **columns):\n    return [float('inf')] * 8",
-            f"task.reward: own_rewards:reward returned inf for a completion; {RULE}",
+            f"task.reward: own_rewards:reward returned inf {AT}; {RULE}",
         ),
-        "returns more than 1": (
-            "def reward(prompts, **columns):\n    return [1.5] * 8",
-            f"task.reward: own_rewards:reward returned 1.5 for a completion; {RULE}",
+        "judges nothing": (
+            "def reward(prompts, **columns):\n    return [0.0] * 7 + [None]",
+            "task.reward: reward returned None for completion 7 (...); at least one must judge it, "
+            "so leave such rows out of the data, or add a function that does",
         ),
-        "returns less than 0": (
-            "def reward(prompts, **columns):\n    return [(-1.0, 'bad')] * 8",
-            f"task.reward: own_rewards:reward returned (-1.0, 'bad') for a completion; {RULE}",
+        "raises at one completion": (
+            "seen = []\n"
+            "def reward(prompts, **columns):\n"
+            "    seen.extend(prompts)\n"
+            "    bad = seen[3]\n"
+            "    return [1 / (prompt != bad) for prompt in prompts]",
+            "task.reward: own_rewards:reward raised ZeroDivisionError: division by zero at "
+            "own_rewards.py:5 for completion 2 (...); it is called as f(prompts, completions, "
+            "**columns)",
         ),
         "returns text": (
             "def reward(prompts, **columns):\n    return ['1.0'] * 8",
-            f"task.reward: own_rewards:reward returned '1.0' for a completion; {RULE}",
+            f"task.reward: own_rewards:reward returned '1.0' {AT}; {RULE}",
         ),
         "gives feedback that is no text": (
             "def reward(prompts, **columns):\n    return [(0.0, '\\ud800')] * 8",
-            "task.reward: own_rewards:reward returned (0.0, '\\ud800') for a completion; " + RULE,
+            f"task.reward: own_rewards:reward returned (0.0, '\\ud800') {AT}; {RULE}",
         ),
         "hangs": (
             "import time\ndef reward(prompts, **columns):\n    time.sleep(1e6)",
@@ -825,9 +887,10 @@ def test_a_reward_function_that_fails_late_costs_no_step(refused, tmp_path):
 
 STUCK = """
 import itertools
-from pgpo_jax.tasks import rewards
-rewards.GRACE = 0.2
-rewards.call_reward("m:f", lambda **_: sum(itertools.repeat(0)), ["p"], ["c"], {}, limit=0.2)
+from pgpo_jax.tasks import rewards, user_code
+user_code.GRACE = 0.2
+asked = rewards.Asked(["p"], ["c"], {}, ["k"])
+rewards.call_rewards({"m:f": lambda **_: sum(itertools.repeat(0))}, asked, limit=0.2)
 """
 
 
@@ -837,7 +900,7 @@ def test_a_reward_function_that_hears_no_signal_ends_the_process_and_shows_where
     )
     assert done.returncode == 1
     assert "Timeout (0:00:00.4" in done.stderr
-    assert 'File "<string>", line 5 in <lambda>' in done.stderr
+    assert 'File "<string>", line 6 in <lambda>' in done.stderr
 
 
 # ---- in a process of their own -------------------------------------------------------------------

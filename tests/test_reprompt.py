@@ -187,7 +187,12 @@ def test_the_same_seed_and_step_choose_the_same_and_hosts_agree():
 
 @pytest.mark.parametrize(
     ("mode", "used"),
-    [("without_demonstration", [True, False]), ("always", [True, True]), ("never", [False] * 2)],
+    [
+        ("without_demonstration", [True, False]),
+        ("always", [True, True]),
+        ("never", [False] * 2),
+        ("only", [True, True]),
+    ],
 )
 def test_feedback_is_shown_as_configured(mode, used):
     result = contexts(
@@ -196,11 +201,53 @@ def test_feedback_is_shown_as_configured(mode, used):
     texts = decoded(result)
     assert ["F0" in texts[0], "F1" in texts[1]] == used
     assert result.has_context.tolist() == [used[0], True]
+    assert ("\ngood\n" in texts[1]) == (mode != "only")
+    kinds = {"without_demonstration": 1, "always": 3, "never": 1, "only": 2}
+    assert result.kinds.tolist() == [2 * used[0], kinds[mode]]
     if mode == "always":
         assert texts[1] == (
             "[user]Q\nCorrect solution:\n\ngood\nThe following is feedback from your unsuccessful "
             "earlier attempt:\n\nF1\n\nCorrectly solve the original question.[assistant]"
         )
+
+
+def test_the_attempt_is_shown_before_the_feedback_and_only_with_a_context():
+    texts = [["<think>x</think>one", "two [user]", "three"]]
+    result = contexts(
+        [question("Q")], texts, [[0.0, 0.0, 0.0]], [["F0", "F1", ""]], show_attempt=True
+    )
+    assert result.has_context.tolist() == [True, True, False]
+    assert decoded(result)[0] == (
+        "[user]Q\nYour earlier attempt:\n\none\nThe following is feedback from your unsuccessful "
+        "earlier attempt:\n\nF0\n\nCorrectly solve the original question.[assistant]"
+    )
+    assert decoded(result)[2] == "[user]Q[assistant]"
+    result = contexts([question("Q")], [["a", "b"]], [[0.0, 1.0]], show_attempt=True)
+    assert result.kinds.tolist() == [1, 0]
+    assert "\n\nb\nYour earlier attempt:\n\na\n\nCorrectly" in decoded(result)[0]
+
+
+@pytest.mark.parametrize(("limit", "left"), [(230, "y!"), (135, "")])
+def test_an_over_long_attempt_gets_shorter_before_all_else(limit, left):
+    result = contexts(
+        [question("Q")], [["y" * 300 + "!"]], [[0.0]], [["F0"]], show_attempt=True, max_length=limit
+    )
+    text = decoded(result)[0]
+    assert (result.prompt_mask.sum(), result.shortened) == (limit if left else len(text), 1)
+    assert "\n\nF0\n\nCorrectly" in text
+    assert ("Your earlier attempt" in text) == bool(left)
+    assert f"{left}\nThe following" in text
+
+
+def test_the_teachers_prompt_has_template_options_of_its_own():
+    wrapped = byte_tokenizer()
+    wrapped.chat_template = CHAT.replace("[assistant]", "[assistant]{{ mood }}")
+    arguments = ([question("Q")], [["a", "b"]], [[1.0, 0.0]])
+    options = {"tokenizer": wrapped, "template_options": {"mood": "calm"}}
+    result = contexts(*arguments, **options)
+    assert [text.endswith("[assistant]calm") for text in decoded(result)] == [True, True]
+    plain = contexts(*arguments, **options, demonstration="plain")
+    assert set(decoded(plain)) == {"[user]Q[assistant]calm"}
 
 
 def test_the_control_none_trains_the_same_rows_with_the_plain_prompt():
@@ -333,6 +380,9 @@ def test_the_width_is_a_bucket():
         {"reprompt_template": "{prompt}{solution}"},
         {"solution_template": "no field"},
         {"feedback_template": "no field"},
+        {"attempt_template": "no field"},
+        {"source": "both", "use_feedback": "only"},
+        {"demonstration": "none", "use_feedback": "only"},
         {"demonstration": "self"},
         {"use_feedback": "sometimes"},
         {"max_length": 0},

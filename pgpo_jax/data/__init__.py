@@ -10,12 +10,14 @@ from pgpo_jax.data.batch import (
     response_hidden,
     responses_of,
     to_mean_1,
+    to_means,
     to_rows,
     to_tokens,
 )
 from pgpo_jax.data.order import batch_indices, mini_batches
 from pgpo_jax.data.packing import pack
 from pgpo_jax.data.records import (
+    KINDS,
     AnswerPrompts,
     DataConfig,
     Examples,
@@ -40,6 +42,7 @@ from pgpo_jax.data.tokens import (
 
 __all__ = [
     "CLOCK",
+    "KINDS",
     "AnswerPrompts",
     "Batch",
     "DataConfig",
@@ -67,6 +70,7 @@ __all__ = [
     "responses_of",
     "right_pad",
     "to_mean_1",
+    "to_means",
     "to_rows",
     "to_tokens",
     "tokenize",

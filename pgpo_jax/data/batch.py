@@ -100,12 +100,19 @@ def to_tokens(batch: Batch, per_response: Array) -> Shaped[Array, "part token"]:
     return jnp.asarray(batch.response_mask) * jnp.take_along_axis(owned, batch.owners, axis=1)
 
 
+def to_means(batch: Batch, per_token: Float[Array, " token"]) -> Float[Array, "part response"]:
+    """The mean over each response's tokens; 0 where it has none."""
+    mask = jnp.asarray(batch.response_mask)
+    values = jnp.where(mask, per_token.reshape(mask.shape), 0)
+    add = functools.partial(jax.ops.segment_sum, num_segments=batch.lengths.shape[1])
+    return jax.vmap(add)(values, batch.owners) / jnp.maximum(batch.lengths, 1)
+
+
 def to_mean_1(batch: Batch, per_token: Float[Array, " token"]) -> Float[Array, " token"]:
     """Positive values over their mean over each response's tokens."""
     mask = jnp.asarray(batch.response_mask)
     values = jnp.where(mask, per_token.reshape(mask.shape), 0)
-    add = functools.partial(jax.ops.segment_sum, num_segments=batch.lengths.shape[1])
-    mean = jax.vmap(add)(values, batch.owners) / jnp.maximum(batch.lengths, 1)
+    mean = to_means(batch, per_token)
     return (values / jnp.where(mask, to_tokens(batch, mean), 1)).reshape(-1)
 
 

@@ -14,6 +14,8 @@ from pgpo_jax.errors import require
 from pgpo_jax.objective import GroupStatistics
 
 Host = np.ndarray
+KINDS = ("none", "demonstration", "feedback", "both")
+"""What a teacher's prompt shows beside the question."""
 
 
 class Rollouts(NamedTuple):
@@ -46,6 +48,9 @@ class TeacherPrompts(NamedTuple):
     """The teacher prompts as text, for the samples on disk."""
     shortened: int
     """How many teacher prompts needed a shorter demonstration (or feedback) to fit."""
+    kinds: Int[Host, " row"] | None = None
+    """What each prompt shows, as a place in `KINDS`; a control that shows nothing keeps what it
+    would have shown. None: nobody asks."""
 
 
 class AnswerPrompts(NamedTuple):
@@ -84,6 +89,8 @@ class Examples(NamedTuple):
     old_log_probs: Float[Host, "row time"] | None = None
     """Log-probabilities of the sampled tokens under the student before the step's first update,
     nats; None: the sampler's stand for them."""
+    kinds: Int[Host, " row"] | None = None
+    """As in `TeacherPrompts`."""
 
     def take(self, rows: Int[Host, " taken"]) -> Examples:
         """Some of the rows, as wide as all."""
@@ -210,4 +217,5 @@ def make_examples(
         has_context=teacher_prompts.has_context,
         group=group,
         has_wrong=None if answer_prompts is None else answer_prompts.has_wrong,
+        kinds=teacher_prompts.kinds,
     )

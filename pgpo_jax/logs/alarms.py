@@ -45,7 +45,8 @@ class AlarmsConfig:
     """Steps, about, over which the means are taken that the falls, the surge and `information`
     read (exponentially weighted); so many steps pass before the first fall or surge."""
     fall: float = 0.5
-    """`reward_fall`, `entropy_fall`, `length_fall`: a mean is under this part of its best."""
+    """`reward_fall`, `entropy_fall`, `length_fall`: a mean is under this part of its best. Where
+    rewards may be negative: it fell by the rest of its best's size, and of their deviation."""
     surge: float = 2.0
     """`length_surge`: the mean response length is over this multiple of its lowest."""
     information_steps: int = 10
@@ -216,27 +217,49 @@ def _entropy_gap(row: Row) -> float | None:
 # below 0 (`pointwise` is hardly ever above).
 TRACED: dict[str, Callable[[Row], Any]] = {
     "reward": lambda row: row.get("reward/mean"),
+    "reward_std": lambda row: row.get("reward/std"),
     "entropy": _under_a_teacher(lambda row: row.get("entropy/student")),
     "length": lambda row: row.get("response_length/mean"),
     "information": _under_a_teacher(_entropy_gap),
 }
 
 
+Holds = Callable[[Mapping[str, Trace], AlarmsConfig], bool]
+
+
 class Trend(NamedTuple):
     """Something that a running mean shows."""
 
     traced: str
-    holds: Callable[[Trace, AlarmsConfig], bool]
+    holds: Holds
     steps: Callable[[AlarmsConfig], int]  # in a row before it is told
     text: str
 
 
-def _fell(trace: Trace, config: AlarmsConfig) -> bool:
-    return trace.highest > 0 and trace.mean < config.fall * trace.highest
+def _fell(name: str) -> Holds:
+    def holds(traces: Mapping[str, Trace], config: AlarmsConfig) -> bool:
+        mean, highest = traces[name].mean, traces[name].highest
+        return highest > 0 and mean < config.fall * highest
+
+    return holds
 
 
-def _surged(trace: Trace, config: AlarmsConfig) -> bool:
-    return trace.mean > config.surge * trace.lowest > 0
+def _reward_fell(traces: Mapping[str, Trace], config: AlarmsConfig) -> bool:
+    """Rewards that go below 0 have no zero to fall to: by their size and how far they are apart."""
+    reward, deviation = traces["reward"], traces.get("reward_std")
+    if reward.lowest >= 0:
+        return _fell("reward")(traces, config)
+    size = max(abs(reward.highest), deviation.highest if deviation else 0.0)
+    return reward.highest - reward.mean > (1 - config.fall) * size
+
+
+def _surged(traces: Mapping[str, Trace], config: AlarmsConfig) -> bool:
+    return traces["length"].mean > config.surge * traces["length"].lowest > 0
+
+
+def _information_is_low(traces: Mapping[str, Trace], config: AlarmsConfig) -> bool:
+    trace = traces["information"]
+    return trace.mean < config.information_fraction * max(trace.highest, 0)
 
 
 def _at_once(config: AlarmsConfig) -> int:
@@ -249,9 +272,11 @@ _COLLAPSE = (
     "kept under checkpoints/best"
 )
 TRENDS: dict[Name, Trend] = {
-    "reward_fall": Trend("reward", _fell, _at_once, "the reward" + _COLLAPSE),
-    "entropy_fall": Trend("entropy", _fell, _at_once, "the student's entropy" + _COLLAPSE),
-    "length_fall": Trend("length", _fell, _at_once, "the response length" + _COLLAPSE),
+    "reward_fall": Trend("reward", _reward_fell, _at_once, "the reward" + _COLLAPSE),
+    "entropy_fall": Trend(
+        "entropy", _fell("entropy"), _at_once, "the student's entropy" + _COLLAPSE
+    ),
+    "length_fall": Trend("length", _fell("length"), _at_once, "the response length" + _COLLAPSE),
     "length_surge": Trend(
         "length",
         _surged,
@@ -261,7 +286,7 @@ TRENDS: dict[Name, Trend] = {
     ),
     "information": Trend(
         "information",
-        lambda trace, config: trace.mean < config.information_fraction * max(trace.highest, 0),
+        _information_is_low,
         lambda config: config.information_steps,
         "the information has been low for {steps} steps (mean {mean:.3g}, once {highest:.3g}): "
         "below 0 the teacher, shown a right answer, is less certain than the student without one, "
@@ -328,7 +353,7 @@ class Watch:
         for name, trend in TRENDS.items():
             if (trace := self._traces.get(trend.traced)) is None:
                 continue
-            held = self._count(name, trend.holds(trace, self._config))
+            held = self._count(name, trend.holds(self._traces, self._config))
             if held <= -self._config.window:
                 self._told.discard(name)
             if held >= trend.steps(self._config) and name not in self._told:

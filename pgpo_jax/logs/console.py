@@ -255,11 +255,19 @@ def _make_progress(console: RichConsole) -> Progress:
 def summary(row: Row) -> str:
     """What a line says of a row of metrics: what `SHOWN` names."""
     return " ".join(
-        form.format(*found.groups(), value)
+        (form if _is_share(name, row) else form.replace(".1%", ".3g")).format(
+            *found.groups(), value
+        )
         for pattern, form in SHOWN.items()
         for name, value in row.items()
         if (found := re.fullmatch(pattern, name)) and is_number(value)
     )
+
+
+def _is_share(name: str, row: Row) -> bool:
+    """Not the mean of rewards that leave [0, 1], which the row tells."""
+    section, _, last = name.rpartition("/")
+    return f"{section}/reward_min" not in row or not last.startswith("avg@")
 
 
 def _short(value: Any, limit: int = 300) -> str:

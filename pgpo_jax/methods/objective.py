@@ -178,13 +178,15 @@ def group_statistics(
 
     An advantage is the reward minus its group's mean, over the group's standard deviation if
     `scale_advantage`: that of a sample (n - 1), plus 1e-4 as in GRPO's usual code. Equal rewards
-    give exactly 0, which the difference from a rounded mean would not.
+    give exactly 0, which the difference from a rounded mean would not: equal as float32, so that
+    what a sum in double precision rounds is no difference.
     """
+    success = np.asarray(rewards, np.float64) >= threshold
     rewards = np.asarray(rewards, np.float32)
-    success = rewards >= threshold
     rate = np.broadcast_to(success.mean(axis=1, keepdims=True), rewards.shape)
     equal = rewards.max(axis=1, keepdims=True) == rewards.min(axis=1, keepdims=True)
-    advantages = np.where(equal, 0, rewards - rewards.mean(axis=1, keepdims=True))
+    exact = rewards.astype(np.float64)  # the squares of large rewards leave float32
+    advantages = np.where(equal, 0, exact - exact.mean(axis=1, keepdims=True))
     if scale_advantage:
         degrees = max(rewards.shape[1] - 1, 1)
         variance = np.square(advantages).sum(axis=1, keepdims=True) / degrees

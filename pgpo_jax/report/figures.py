@@ -63,6 +63,16 @@ SECTIONS: dict[str, list[Panel]] = {
     ],
     "Information and multiplier": [
         Panel("Information", {"information": "information"}, "Nats per response token.", mark=0.0),
+        Panel(
+            "Information by context",
+            {
+                "information/demonstration": "demonstration",
+                "information/feedback": "feedback",
+                "information/both": "both",
+            },
+            "Nats per response token, of the responses whose teacher was shown that.",
+            mark=0.0,
+        ),
         Panel("Multiplier", {"multiplier": "multiplier"}, "Factor of every update.", mark=1.0),
     ],
     "Student and teacher": [
@@ -85,6 +95,16 @@ SECTIONS: dict[str, list[Panel]] = {
             "Success and context",
             {"success_group_fraction": "questions solved", "context_fraction": "with a context"},
             "Questions with a successful response; responses whose teacher saw more than they did.",
+            "share",
+        ),
+        Panel(
+            "Kinds of context",
+            {
+                "context/demonstration": "demonstration",
+                "context/feedback": "feedback",
+                "context/both": "both",
+            },
+            "Responses whose teacher was shown that.",
             "share",
         ),
         Panel(
@@ -114,7 +134,9 @@ SECTIONS: dict[str, list[Panel]] = {
 DISCOVERY = "Discovery"
 EVERYTHING_ELSE = "Everything else"
 AGAINST = "Multiplier against information"
-BESIDE_THE_VALUE = re.compile(r".*/(low|high)$|eval/(.+/)?questions$|.+/left_out$")
+BESIDE_THE_VALUE = re.compile(
+    r".*/(low|high)$|eval/(.+/)?(questions|reward_min|reward_max)$|.+/left_out$|context/none$"
+)
 
 
 def sections(experiments: Sequence[Experiment]) -> dict[str, list[Picture]]:
@@ -149,6 +171,8 @@ def _with_sets(panel: Panel, metrics: Iterable[str]) -> Panel:
     if EVALUATION not in panel.metrics:
         return panel
     labels = {found[1] for name in metrics if (found := ANOTHER_SET.fullmatch(name))}
+    if any(re.fullmatch("eval/(.+/)?reward_min", name) for name in metrics):
+        panel = panel._replace(title="Held-out reward", form="number")  # means, and no shares
     others = {rf"eval/{re.escape(label)}/avg@\d+": label for label in sorted(labels)}
     return panel._replace(metrics=panel.metrics | others)
 

@@ -134,8 +134,10 @@ def _accuracy(choose: Callable[[np.ndarray], int]) -> Callable[[RunLog], Cell]:
         place = int(finite[choose(series.values[finite])])
         value, step = float(series.values[place]), int(series.steps[place])
         bounds = [run.metrics.get(f"{name}/{side}") for side in ("low", "high")]
-        at = [_percent(_at(bound, step)) for bound in bounds if bound]
-        return Cell(_percent(value), f"[{', '.join(at)}]" if len(at) == 2 else "")
+        share = f"{name.rpartition('/')[0]}/reward_min" not in run.metrics
+        shown = _percent if share else "{:.3g}".format
+        at = [shown(_at(bound, step)) for bound in bounds if bound]
+        return Cell(shown(value), f"[{', '.join(at)}]" if len(at) == 2 else "")
 
     return form
 

@@ -14,6 +14,7 @@ NAMES = {
     "train": "task: got other training questions",
     "test": "task: got other held-out questions",
     "reward": "task.reward: got a file with another text",
+    "task": "task.name: got a file with another text",
     "replay": "optimizer.replay: got a file with another text",
     "model/weights": "model.path: got other weights",
     "model/tokenizer": "model.path: got another tokenizer",
@@ -30,7 +31,8 @@ def _said(part: str) -> str:
     also, label, what = [*part.split("/"), "", ""][:3]
     if also != "also":
         return NAMES[part]
-    what = "another reward function" if what == "reward" else "other questions"
+    said = {"reward": "another reward function", "task": "another file"}
+    what = said.get(what, "other questions")
     return f"evaluation.also: got {what} of {label}"
 
 

@@ -1,5 +1,6 @@
 """Evaluations of a run: its sets of held-out questions, the teacher's, and the pre-flight check."""
 
+import dataclasses
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -117,7 +118,8 @@ def evaluate_run(
         if run.teacher_graphdef is not None:  # another model, without the student's adapters
             policy = policy._replace(graphdef=run.teacher_graphdef, frozen=None)
         asked = _Asked(run, (policy, state.teacher), key, tell("evaluation of the teacher"))
-        metrics["eval/teacher_with_demonstration"] = asked.accuracy(questions, shown=True)
+        found = asked.rewards(questions, shown=True)
+        metrics["eval/teacher_with_demonstration"] = float(found.mean())
     metrics["time/evaluate"] = time.perf_counter() - started
     if step == 0 and config.preflight_questions and run.task.demonstration:
         model = (run.policy, state.student)
@@ -147,12 +149,15 @@ class _Asked(NamedTuple):
     key: jax.Array
     tell: Tell
 
-    def accuracy(self, questions: Sequence[Question], *, shown: bool) -> float:
-        """Mean reward, with or without a right answer in the prompt."""
+    def rewards(self, questions: Sequence[Question], *, shown: bool) -> np.ndarray:
+        """Rewards `[question, sample]`, with or without a right answer in the prompt."""
         run, (policy, params) = self.run, self.model
         policy = within_training(policy)
         if shown:
             policy = policy.with_limit("reprompt.max_length", run.reprompt.max_length)
+            options = policy.prompts.template_options | run.reprompt.template_options
+            prompts = dataclasses.replace(policy.prompts, template_options=options)
+            policy = policy._replace(prompts=prompts)
         templates, demonstration = resolve_templates(run.reprompt), run.task.demonstration
 
         def show(question: Question):
@@ -165,17 +170,20 @@ class _Asked(NamedTuple):
         rewards = np.array(
             [[outcome.reward for outcome in group] for group in answered.outcomes], np.float32
         ).reshape(-1, policy.sampling.num_samples)
-        return float(sharding.gather_rows(rewards, len(questions)).mean())
+        return sharding.gather_rows(rewards, len(questions))
 
 
 def _preflight(student: _Asked, writer: Writer) -> dict[str, float]:
     """Whether the model can use a demonstration: without that its teacher knows no more than it."""
     run = student.run
     questions = run.task.test[: run.config.evaluation.preflight_questions]
-    plain = student.accuracy(questions, shown=False)
-    helped = student.accuracy(questions, shown=True)
+    both = [student.rewards(questions, shown=shown) for shown in (False, True)]
+    plain, helped = (float(rewards.mean()) for rewards in both)
+    share = all(rewards.min() >= 0 and rewards.max() <= 1 for rewards in both)
+    form = "{:.1%} right" if share else "a mean reward of {:.3g}"
+    with_one = ("{:.1%}" if share else "{:.3g}").format(helped)
     writer.say(
-        f"pre-flight: {plain:.1%} right without a demonstration in the prompt, {helped:.1%} with"
+        f"pre-flight: {form.format(plain)} without a demonstration in the prompt, {with_one} with"
     )
     if helped <= plain:
         writer.warn(

@@ -162,7 +162,7 @@ def _check_room(
         tokenizer,
         [teacher_messages(longest.messages, "", "", resolve_templates(reprompt))],
         max_length=reprompt.max_length - 1,
-        template_options=config.template_options,
+        template_options={**config.template_options, **reprompt.template_options},
         names=[longest.key],
         field="reprompt.max_length",
     )

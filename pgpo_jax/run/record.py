@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +48,9 @@ def summarise(
         "cut": ~np.isin(last[:, 0], run.policy.sampling.end_tokens),
         "first": _equals_first(rollouts.texts),
     }
+    # Not a number where a function did not judge a response.
+    for name in run.task.rewards:
+        columns[f"reward/{name}"] = [dict(outcome.parts).get(name, math.nan) for outcome in flat]
     samples = run.policy.sampling.num_samples
     rows = run.config.data.questions_per_step * samples
     table = np.stack([np.asarray(column, np.float32) for column in columns.values()], axis=1)
@@ -60,6 +63,7 @@ def summarise(
         # The mean of equal fractions rounds; equal rewards have a deviation of 0.
         "reward/std": float(every["reward"].std()) if np.ptp(every["reward"]) else 0.0,
         "reward/failed": means["failed"],
+        **_reward_means(every, run.task.rewards),
         "format": means["well_formed"],
         "success_fraction": means["success"],
         "success_group_fraction": float(every["success"].reshape(-1, samples).any(-1).mean()),
@@ -74,6 +78,16 @@ def summarise(
         "tokens_per_second/rollout": tokens / clock.seconds["rollout"],
         "tokens_per_second/train": tokens * run.config.data.passes / clock.seconds["train"],
     }
+
+
+def _reward_means(every: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, float]:
+    """Of each reward function over the responses that it judged, without those that judged none."""
+    judged = {
+        f"reward/{name}": values[np.isfinite(values)]
+        for name in names
+        for values in [every[f"reward/{name}"]]
+    }
+    return {name: float(values.mean()) for name, values in judged.items() if len(values)}
 
 
 def _equals_first(texts: Sequence[Sequence[str]]) -> list[bool]:
@@ -98,6 +112,7 @@ def records(
             "answer": question.answer,
             "reward": outcomes[i][j].reward,
             "feedback": outcomes[i][j].feedback,
+            **({"rewards": dict(outcomes[i][j].parts)} if outcomes[i][j].parts else {}),
             "has_context": bool(shown.has_context[i * samples + j]),
             "teacher_prompt": shown.texts[i * samples + j],
         }

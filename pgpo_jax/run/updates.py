@@ -59,6 +59,7 @@ def make_updates(run: Run, state: TrainState) -> Callable[[TrainState, Examples]
         if score is not None:
             examples = _recompute(score, state.student, examples, parts, run)
         found, divergence = [], {}
+        gaps = np.full(len(examples.responses), np.nan, np.float32)  # nats, of each response
         for index, rows in enumerate(parts):
             taken = examples.take(rows)
             if config.data.without_context == "drop":
@@ -68,11 +69,14 @@ def make_updates(run: Run, state: TrainState) -> Callable[[TrainState, Examples]
             placed = sharding.to_global(batch, mesh)
             state, measured = train_step(state, placed, run.policy.frozen, *last)
             per_token = measured.pop("token_divergence")
-            if config.metrics.samples_per_step and index < config.data.updates_per_rollout:
-                values = data.to_rows(batch, sharding.to_host(per_token))
-                divergence |= zip(rows.tolist(), values, strict=True)
+            per_response = measured.pop("response_information")
+            if index < config.data.updates_per_rollout:  # of the first pass
+                gaps[rows[batch.rows]] = sharding.to_host(per_response)
+                if config.metrics.samples_per_step:
+                    values = data.to_rows(batch, sharding.to_host(per_token))
+                    divergence |= zip(rows.tolist(), values, strict=True)
             found.append(measured)
-        row = summarise_updates(jax.device_get(found))
+        row = summarise_updates(jax.device_get(found)) | _by_kind(run, examples, gaps)
         done = int(information_state(state.opt_state).count)
         row["skipped/total"] = int(state.step) * len(parts) - done
         rates = [float(np.asarray(rate(k))) for k in range(before, max(done, before + 1))]
@@ -105,6 +109,23 @@ def summarise_updates(found: list[dict[str, Any]]) -> dict[str, Any]:
     elif len(every) > 1:
         row["multipliers"] = [each["multiplier"] for each in done]
     return row
+
+
+def _by_kind(run: Run, examples: Examples, information: np.ndarray) -> dict[str, float]:
+    """The share of responses whose teacher was shown each kind of context, and the information of
+    these where there are any, over all hosts."""
+    if examples.kinds is None:
+        return {}
+    counts = examples.has_context & examples.response_mask.any(axis=1)
+    table = np.stack([examples.kinds, counts, information], axis=1).astype(np.float32)
+    rows = run.config.data.questions_per_step * run.policy.sampling.num_samples
+    kinds, counted, gaps = sharding.gather_rows(table, rows).T
+    found = {}
+    for kind, name in enumerate(data.KINDS):
+        found[f"context/{name}"] = float(np.mean(kinds == kind))
+        if kind and (mine := (kinds == kind) & (counted > 0)).any():
+            found[f"information/{name}"] = float(gaps[mine].mean())
+    return found
 
 
 def _mean(values: list[float]) -> float:

@@ -21,7 +21,6 @@ import numpy as np
 
 from pgpo_jax import fields
 from pgpo_jax.errors import InputError
-from pgpo_jax.tasks import rewards
 from pgpo_jax.tasks.answers import Outcome
 from pgpo_jax.tasks.task import Example, Question, Task, TaskConfig
 
@@ -252,17 +251,15 @@ def load(config: TaskConfig) -> Task:
             f"task.train_questions: got {train} and {test} held out; addition has "
             f"{COUNT**2} questions"
         )
-    function = rewards.load(config.reward, config.reward_limit) if config.reward else None
     settings = _settings(config.options)
     return Task(
         name="addition",
         train=Questions(test, train, config.seed),
         test=Questions(0, test, config.seed),
-        verify=function.verify if function else functools.partial(_verify, settings),
+        verify=functools.partial(_verify, settings),
         templates=TEMPLATES,
         examples=functools.partial(_examples, settings),
         demonstration=lambda question: question.answer,
         solution=lambda question: question.answer,
         tokenizer=make_tokenizer(),
-        code=function.digest if function else "",
     )

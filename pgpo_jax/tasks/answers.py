@@ -12,7 +12,7 @@ class Outcome(NamedTuple):
     """What a verifier says about one response."""
 
     reward: float
-    """In [0, 1]."""
+    """Any finite number; the package's own verifiers give 1 where right, 0 where wrong."""
     feedback: str = ""
     """What the teacher may be told: only what says what to do differently, else empty, since a
     response with feedback has a context to learn from. Never the right answer."""
@@ -20,6 +20,9 @@ class Outcome(NamedTuple):
     """Whether the response has the requested format, right or wrong."""
     failed: bool = False
     """The check itself failed (time-out, nothing to parse): reward 0, and counted."""
+    parts: tuple[tuple[str, float], ...] = ()
+    """What each of a user's reward functions that judged the response gave, by its name in the
+    metrics."""
 
 
 def tagged_answer(response: str) -> tuple[str, bool]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.tasks import programs, rewards, sandbox
+from pgpo_jax.tasks import programs, sandbox
 from pgpo_jax.tasks.task import Example, Question, Task, TaskConfig
 
 ASKED = "Write a Python function f(x) that takes these steps: "
@@ -181,17 +181,15 @@ def load(config: TaskConfig) -> Task:
         raise InputError(
             f"task.train_questions: got {train} and {test} held out; code has {COUNT} questions"
         )
-    function = rewards.load(config.reward, config.reward_limit) if config.reward else None
     return Task(
         name="code",
         train=Questions(test, train, config.seed),
         test=Questions(0, test, config.seed),
-        verify=function.verify if function else programs.verify_programs(config),
+        verify=programs.verify_programs(config),
         templates=TEMPLATES,
         examples=_examples,
         demonstration=_solution,
         solution=_solution,
         tokenizer=make_tokenizer(),
-        code=function.digest if function else "",
         notes=sandbox.notes(config.sandbox),
     )

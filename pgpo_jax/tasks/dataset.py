@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.tasks import formats, programs, rewards, rows, sandbox
+from pgpo_jax.tasks import formats, programs, rows, sandbox
 from pgpo_jax.tasks.rows import RowError, Rows, listed
 from pgpo_jax.tasks.sources import Source, open_source
 from pgpo_jax.tasks.task import Question, Task, TaskConfig, worked_examples
@@ -33,7 +33,6 @@ def load(config: TaskConfig) -> Task:
     train, test, notes = _read(config)
     verifier = config.verifier
     check = None if verifier in (None, "code") else make_check(config, verifier)
-    function = rewards.load(config.reward, config.reward_limit) if config.reward else None
 
     def question(where: str, item: tuple[str, dict[str, Any]]) -> Question:
         part, row = item
@@ -61,11 +60,10 @@ def load(config: TaskConfig) -> Task:
         name=str(config.path),
         train=asked,
         test=held_out,
-        verify=function.verify if function else verify_by(config, str(verifier)),
+        verify=verify_by(config, verifier or "exact"),  # or task.reward, see `registry.load`
         examples=worked_examples(solved, worked) if solved else None,
         demonstration=worked if solved or check else None,
         solution=(lambda question: question.columns.get("solution") or None) if solved else None,
-        code=function.digest if function else "",
         notes=(*notes, *repeated(asked, held_out), *sandbox.notes(config.sandbox)),
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.tasks import rewards, workers
+from pgpo_jax.tasks import workers
 from pgpo_jax.tasks.answers import NO_TAGS, Outcome, tagged_answer
 from pgpo_jax.tasks.task import Question, Task, TaskConfig, worked_examples
 
@@ -52,18 +52,16 @@ def load(config: TaskConfig) -> Task:
         )
     worked = all(score == 1 for _, score in made)
     questions = [question for question, _ in train]
-    function = rewards.load(config.reward, config.reward_limit) if config.reward else None
-    if function:
+    if config.reward is not None:
         pool.stop()  # it made the questions, another judges
     return Task(
         name=f"reasoning_gym/{config.dataset}",
         train=questions,
         test=[question for question, _ in test],
-        verify=function.verify if function else _Judge(config, pool),
+        verify=_Judge(config, pool),
         examples=worked_examples(questions, _answer) if worked else None,
         demonstration=_answer if worked else None,
         solution=_answer if worked else None,
-        code=function.digest if function else "",
         notes=tuple(_notes(config, len(made) - len(test) - len(train), worked)),
     )
 

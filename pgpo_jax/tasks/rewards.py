@@ -1,161 +1,289 @@
-"""A user's reward function: imported, called as TRL does, limited in time, its answer checked.
+"""A user's reward functions: called as TRL does, weighted and summed, their answers checked.
 
-It runs in this process, because it may hold models and connections, so it is trusted like any code
-of the user's. What it may break by mistake is guarded: it gets copies, what it prints goes to
-stderr, and it must come back in time.
+They get copies, so that what one changes is its own, and what they print goes to stderr.
 """
 
+import asyncio
 import contextlib
 import copy
-import faulthandler
 import hashlib
-import importlib
 import inspect
 import math
-import os
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from pathlib import Path
+import time
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from pgpo_jax.errors import InputError
 from pgpo_jax.tasks.answers import Outcome
-from pgpo_jax.tasks.task import Question, Verify
+from pgpo_jax.tasks.task import Question, TaskConfig, Verify
+from pgpo_jax.tasks.user_code import TooLong, digest, import_function, place, show, time_limit
 
-RULE = "must return one number in [0, 1] a completion, or (number, feedback), or a dict of both"
+RULE = "must return a finite number or None a completion, or (number, feedback), or a dict of both"
 ROUNDING = 1e-6
-"""So far outside [0, 1] a reward is rounding, and taken for 0 or 1."""
-GRACE = 5.0
-"""Seconds that a function has to end after it was interrupted; then the process is ended."""
+"""So far outside [0, 1] a reward is rounding, and not warned of."""
+SEARCH = 10.0
+"""Seconds for which the row is looked for at which a function fails."""
+METRICS = ("mean", "std", "failed")
+"""What `reward/...` says already: no function is called so in the metrics."""
+
+Functions = Mapping[str, Callable[..., Any]]
 
 
-class _TooLong(BaseException):
-    """Raised inside a function that is over its time; few functions catch a BaseException."""
-
-
-def import_function(name: str) -> Callable[..., Any]:
-    """A user's function from `module:function`, importable from the current folder too.
-
-    Raises:
-      InputError: if the module cannot be imported or has no such function.
-    """
-    module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise InputError(
-            f"task.reward: got {name!r}, but importing {module_name!r} raised {_show(error)}; must "
-            "be module:function, installed or in this folder"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise InputError(
-            f"task.reward: got {name!r}, but {module_name!r} has no function {function_name!r}"
-        )
-    return function
-
-
-class Reward(NamedTuple):
-    """A user's reward function."""
+class Judge(NamedTuple):
+    """A user's reward functions as one."""
 
     verify: Verify
-    """The function as a task's `verify`."""
+    """Their weighted sum as a task's `verify`."""
+    names: tuple[str, ...]
+    """What each is called in the metrics."""
     digest: str
-    """SHA-256 of the file that holds it (not of what that imports); empty where there is none."""
+    """SHA-256 of the files that hold them (not of what these import); empty where there is none."""
 
 
-def load(name: str, limit: float) -> Reward:
-    """A reward function by name.
+class Asked(NamedTuple):
+    """What reward functions are called with, an entry a completion."""
 
-    Args:
-      name: `module:function`.
-      limit: Seconds for one call.
+    prompts: Sequence[Any]
+    """Strings or conversations."""
+    completions: Sequence[Any]
+    """Strings, or conversations of one assistant message where the prompt is a conversation."""
+    columns: Mapping[str, Sequence[Any]]
+    """The other columns of the data set."""
+    keys: Sequence[str]
+    """The questions' names, for errors."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of a call, in copies."""
+        return copy.deepcopy(
+            {**self.columns, "prompts": self.prompts, "completions": self.completions}
+        )
+
+    def alone(self, row: int) -> "Asked":
+        """One completion of these."""
+        one = slice(row, row + 1)
+        columns = {name: values[one] for name, values in self.columns.items()}
+        return Asked(self.prompts[one], self.completions[one], columns, self.keys[one])
+
+    def place(self, row: int) -> str:
+        """A row in words."""
+        return f"completion {row} ({self.keys[row]})"
+
+
+class Given(NamedTuple):
+    """What a function gave for one completion."""
+
+    reward: float | None
+    """None: it does not judge this one."""
+    feedback: str
+    well_formed: bool
+
+
+def load(config: TaskConfig) -> Judge | None:
+    """The reward functions of a configuration; None where it names none.
 
     Raises:
-      InputError: if it cannot be imported.
+      InputError: One cannot be imported.
     """
-    function = import_function(name)
+    names = config.rewards
+    if not names:
+        return None
+    functions = {name: import_function(name, "task.reward") for name in names}
+    labels = metric_names(names)
+    weights = config.reward_weights or (1.0,) * len(names)
+    files = [digest(name, function) for name, function in functions.items()]
+    code = files[0] if len(files) == 1 else hashlib.sha256("".join(files).encode()).hexdigest()
+    warned = False
 
     def verify(questions: Sequence[Question], responses: Sequence[str]) -> list[Outcome]:
-        prompts = [question.columns["prompt"] for question in questions]
-        completions = [
-            response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        names = dict.fromkeys(name for question in questions for name in question.columns)
-        columns = {
-            name: [question.columns.get(name) for question in questions]
-            for name in names
-            if name not in ("prompt", "prompts", "completion", "completions")
-        }
-        return call_reward(name, function, prompts, completions, columns, limit)
+        nonlocal warned
+        asked = _asked(questions, responses)
+        given = call_rewards(functions, asked, config.reward_limit)
+        rows = zip(*given, strict=True)
+        outcomes = [_sum(labels, weights, row, asked.place(i)) for i, row in enumerate(rows)]
+        outside = (i for i, outcome in enumerate(outcomes) if _leaves_0_to_1(outcome.reward))
+        if not warned and (row := next(outside, None)) is not None:
+            warned = True
+            warnings.warn(
+                f"task.reward gave {outcomes[row].reward:g} for {asked.place(row)}, outside "
+                "[0, 1], which is fine where reprompt.threshold says what a success is",
+                stacklevel=2,
+            )
+        return outcomes
 
-    return Reward(verify, _digest(name, function))
-
-
-def _digest(name: str, function: Callable[..., Any]) -> str:
-    """SHA-256 of the module's file and of the file where the function was written."""
-    module = sys.modules[name.partition(":")[0]]
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    named = (getattr(module, "__file__", None), getattr(code, "co_filename", None))
-    files = [file for file in dict.fromkeys(named) if file and Path(file).is_file()]
-    found = hashlib.sha256()
-    for file in files:
-        found.update(hashlib.sha256(Path(file).read_bytes()).digest())
-    return found.hexdigest() if files else ""
+    return Judge(verify, labels, code if any(files) else "")
 
 
-def call_reward(
-    name: str,
-    function: Callable[..., Any],
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: Mapping[str, Sequence[Any]],
-    limit: float = 600.0,
-) -> list[Outcome]:
-    """Calls a reward function as TRL does and checks what it returns.
+def _leaves_0_to_1(reward: float) -> bool:
+    return not -ROUNDING <= reward <= 1 + ROUNDING
 
-    A function that fails ends the run, with one line that names it: no reward of such a batch can
-    be trusted, and zeros in their place would be trained on.
 
-    Args:
-      name: `module:function`, for errors.
-      function: called as `function(prompts=..., completions=..., **columns)`, with copies: what
-        it changes is its own. What it prints goes to stderr.
-      prompts: strings or conversations, one a completion.
-      completions: strings, or conversations of one assistant message.
-      columns: the data set's other columns, each with one entry a completion.
-      limit: seconds for the call, see :func:`_time_limit`.
+def metric_names(functions: Sequence[str]) -> tuple[str, ...]:
+    """What `module:function` is called in the metrics: `function` where that tells it apart."""
+    short = [name.partition(":")[2] for name in functions]
+    return tuple(
+        own if own not in METRICS and short.count(own) == 1 else name.replace(":", ".")
+        for own, name in zip(short, functions, strict=True)
+    )
 
-    Returns:
-      One outcome a completion.
+
+def _asked(questions: Sequence[Question], responses: Sequence[str]) -> Asked:
+    prompts = [q.columns.get("prompt", [dict(m) for m in q.messages]) for q in questions]
+    completions = [
+        response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    names = dict.fromkeys(name for question in questions for name in question.columns)
+    columns = {
+        name: [question.columns.get(name) for question in questions]
+        for name in names
+        if name not in ("prompt", "prompts", "completion", "completions")
+    }
+    return Asked(prompts, completions, columns, [question.key for question in questions])
+
+
+def _sum(
+    labels: Sequence[str], weights: Sequence[float], row: Sequence[Given], where: str
+) -> Outcome:
+    """The weighted sum of what judged a completion; feedback in the functions' order.
 
     Raises:
-      InputError: if the function raises, takes longer than `limit`, or does not return one number
-        in [0, 1] a completion (alone, as (number, feedback text) or as
+      InputError: Nothing did: no number would be right, and NaN would be trained on.
+    """
+    judged = [
+        (label, weight, given.reward)
+        for label, weight, given in zip(labels, weights, row, strict=True)
+        if given.reward is not None
+    ]
+    if not judged:
+        raise InputError(
+            f"task.reward: {', '.join(labels)} returned None for {where}; at least one must judge "
+            "it, so leave such rows out of the data, or add a function that does"
+        )
+    reward = math.fsum(weight * value for _, weight, value in judged)
+    if len(row) > 1 or weights[0] != 1:  # 0.1 + 0.7 must reach a threshold of 0.8
+        reward = float(f"{reward:.12g}")
+    return Outcome(
+        reward,
+        "\n".join(dict.fromkeys(given.feedback for given in row if given.feedback)),
+        all(given.well_formed for given in row),
+        parts=tuple((label, value) for label, _, value in judged),
+    )
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+class _Failed(Exception):
+    """A function, by name, raised what is the cause of this."""
+
+
+def call_rewards(functions: Functions, asked: Asked, limit: float = 600.0) -> list[list[Given]]:
+    """Calls reward functions as TRL does, those that are async together, and checks the answers.
+
+    A function that fails ends the run, with one line that names it: no reward of such a batch can
+    be trusted, and zeros in their place would be trained on. To find the row at which it failed it
+    is called once more with each completion alone, for `SEARCH` seconds at most.
+
+    Args:
+      functions: `module:function`, for errors -> called as `f(prompts=..., completions=...,
+        **columns)`.
+      asked: What they are called with.
+      limit: Seconds for one call, or for all async ones together; see `time_limit`.
+
+    Returns:
+      `[function][completion]`.
+
+    Raises:
+      InputError: A function raises, takes longer than `limit`, or does not return one finite number
+        or None a completion (alone, as (number, feedback text) or as
         {"reward": ..., "feedback": ...}).
     """
-    arguments = copy.deepcopy({**columns, "prompts": prompts, "completions": completions})
     try:
-        with _time_limit(limit), contextlib.redirect_stdout(sys.stderr):
-            returned = function(**arguments)
-            if isinstance(returned, Iterator):  # a generator has yet to do its work
-                returned = list(returned)
-    except _TooLong as error:
+        returned = _call(functions, asked, limit)
+    except _Failed as failed:
+        name, error = str(failed), failed.__cause__
+        assert error is not None
+        row = _failing_row(functions[name], asked, error, limit)
+        where = "" if row is None else f" for {asked.place(row)}"
         raise InputError(
-            f"task.reward: {name} took longer than task.reward_limit = {limit:g} seconds for "
-            f"{len(completions)} completions{error}; make it faster or raise the limit"
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise InputError(
-            f"task.reward: {name} raised {_show(error)}{_place(error)}; it is called as "
+            f"task.reward: {name} raised {show(error)}{place(error)}{where}; it is called as "
             "f(prompts, completions, **columns)"
         ) from error
+    return [_read(name, returned[name], asked) for name in functions]
+
+
+def _call(functions: Functions, asked: Asked, limit: float) -> dict[str, Any]:
+    """What each function returned."""
+    returned: dict[str, Any] = {}
+    waiting: dict[str, Awaitable[Any]] = {}
+    try:
+        for name, function in functions.items():
+            with _limited(name, asked, limit), _named(name):
+                given = function(**asked.arguments())
+                if isinstance(given, Iterator):  # a generator has yet to do its work
+                    given = list(given)
+            (waiting if inspect.isawaitable(given) else returned)[name] = given
+        if waiting:
+            with _limited(", ".join(waiting), asked, limit):
+                returned |= asyncio.run(_together(waiting))
+    finally:
+        for given in waiting.values():
+            if inspect.iscoroutine(given):  # it was not awaited where another function failed
+                given.close()
+    return returned
+
+
+async def _together(waiting: Mapping[str, Awaitable[Any]]) -> dict[str, Any]:
+    async def one(name: str, given: Awaitable[Any]) -> tuple[str, Any]:
+        with _named(name):
+            return name, await given
+
+    return dict(await asyncio.gather(*(one(*pair) for pair in waiting.items())))
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise _Failed(name) from error
+
+
+@contextlib.contextmanager
+def _limited(names: str, asked: Asked, limit: float) -> Iterator[None]:
+    try:
+        with time_limit(limit), contextlib.redirect_stdout(sys.stderr):
+            yield
+    except TooLong as error:
+        raise InputError(
+            f"task.reward: {names} took longer than task.reward_limit = {limit:g} seconds for "
+            f"{len(asked.completions)} completions{error}; make it faster or raise the limit"
+        ) from error
+
+
+def _failing_row(
+    function: Callable[..., Any], asked: Asked, error: BaseException, limit: float
+) -> int | None:
+    """The first row that alone raises the same; None where all do, or none is found in time."""
+    end, failing = time.monotonic() + SEARCH, []
+    for row in range(len(asked.completions)):
+        try:
+            _call({"": function}, asked.alone(row), limit)
+        except (_Failed, InputError) as again:
+            if type(again.__cause__) is type(error):
+                failing.append(row)
+        if time.monotonic() > end:
+            return None
+    return failing[0] if failing and len(failing) < len(asked.completions) else None
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def _read(name: str, returned: Any, asked: Asked) -> list[Given]:
+    count = len(asked.completions)
     try:
         if isinstance(returned, Mapping):  # {"reward": [...], "feedback": [...]}
             feedback = returned.get("feedback") or [""] * len(returned["reward"])
@@ -164,88 +292,34 @@ def call_reward(
             raise TypeError
         items = list(returned)
     except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"task.reward: {name} returned {_show(returned)}; {RULE}") from error
-    if len(items) != len(completions):
+        raise InputError(f"task.reward: {name} returned {show(returned)}; {RULE}") from error
+    if len(items) != count:
         raise InputError(
-            f"task.reward: {name} returned {len(items)} rewards for {len(completions)} "
-            f"completions; {RULE}"
+            f"task.reward: {name} returned {len(items)} rewards for {count} completions; {RULE}"
         )
-    return [_outcome(name, item) for item in items]
+    return [_given(name, item, asked.place(row)) for row, item in enumerate(items)]
 
 
-def _outcome(name: str, item: Any) -> Outcome:
+def _given(name: str, item: Any, where: str) -> Given:
     reward: Any = item
     feedback, well_formed = "", True
     if isinstance(item, Mapping):
-        reward, feedback = item.get("reward"), item.get("feedback", "")
+        reward, feedback = item.get("reward", ""), item.get("feedback", "")
         well_formed = bool(item.get("well_formed", True))
     elif isinstance(item, tuple | list) and len(item) == 2:
         reward, feedback = item
     feedback = "" if feedback is None else feedback
     try:
-        number = math.nan if isinstance(reward, str | bytes | bytearray) else float(reward)
+        text = isinstance(reward, str | bytes | bytearray)
+        number = None if reward is None else math.nan if text else float(reward)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    usable = -ROUNDING <= number <= 1 + ROUNDING  # false for nan
+    usable = number is None or math.isfinite(number)
     if not usable or not isinstance(feedback, str) or not _is_unicode(feedback):
-        raise InputError(f"task.reward: {name} returned {_show(item)} for a completion; {RULE}")
-    return Outcome(min(max(number, 0.0), 1.0), feedback, well_formed)
+        raise InputError(f"task.reward: {name} returned {show(item)} for {where}; {RULE}")
+    return Given(number, feedback, well_formed)
 
 
 def _is_unicode(text: str) -> bool:
     """Whether a tokenizer takes it: half of a surrogate pair is no character."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Interrupts the block after so many seconds, and ends the process if that does not help.
-
-    A signal from a second thread interrupts Python code, sleeping and waiting. It is not SIGALRM,
-    which math-verify and others set for themselves. A loop in C hears no signal and lets no other
-    thread run: `GRACE` seconds later `faulthandler`, which needs no Python, prints where it hangs
-    and ends the process with exit code 1. Off the main thread, where no signal can be handled,
-    only this second limit holds.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    running = True
-
-    def interrupt(number: int, frame: Any) -> None:
-        del number
-        if running:
-            file, line = frame.f_code.co_filename, frame.f_lineno
-            raise _TooLong("" if file == __file__ else f" at {Path(file).name}:{line}")
-
-    def send() -> None:
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
-
-    before = signal.signal(signal.SIGUSR2, interrupt) if main else None
-    timer = threading.Timer(seconds, send)
-    if main:
-        timer.start()
-    stderr = 2  # the process's own, wherever sys.stderr leads
-    faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=stderr)
-    try:
-        yield
-    finally:
-        running = False
-        faulthandler.cancel_dump_traceback_later()
-        if main:
-            timer.cancel()
-            timer.join()  # a signal sent at the last moment must find our handler still there
-            signal.signal(signal.SIGUSR2, before)
-
-
-def _place(error: BaseException) -> str:
-    """Where in the user's code it happened."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-
-
-def _show(value: Any) -> str:
-    """An exception by type and message, another value as written; not longer than a line or two."""
-    if isinstance(value, BaseException):
-        text, limit = f"{type(value).__name__}: {value}".removesuffix(": "), 200
-    else:
-        text, limit = repr(value), 80
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -14,6 +14,19 @@ SHOWN = 3
 """Refused rows that are shown; the others are counted."""
 
 
+MEANT = {
+    "prompt": (
+        "question", "messages", "problem", "instruction", "query", "input", "conversations", "text",
+    ),
+    "answer": (
+        "target", "label", "solution", "output", "response", "final_answer", "ground_truth",
+        "answerKey", "gold",
+    ),
+}  # fmt: skip
+"""What data sets call a column that is lacking, for a hint: which one is meant is for the user to
+say."""
+
+
 class RowError(ValueError):
     """Why a row cannot be used: what was got and the rule; whoever reads the rows says where."""
 
@@ -62,7 +75,11 @@ def column(row: Mapping[str, Any], name: str) -> Any:
       RowError: with the columns it has.
     """
     if name not in row:
-        raise RowError(f"got the columns {', '.join(row) or 'none'}; must have {name!r}")
+        meant = next((other for other in MEANT.get(name, ()) if other in row), None)
+        hint = f", or name the one that is meant, as task.columns {{{name}: {meant}}}"
+        raise RowError(
+            f"got the columns {', '.join(row) or 'none'}; must have {name!r}{hint if meant else ''}"
+        )
     if row[name] is None:
         raise RowError(f"got null; must have {name!r} in every row")
     return row[name]
@@ -76,6 +93,9 @@ def conversation(row: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
     """
     prompt, system = column(row, "prompt"), row.get("system")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    _refuse_tools_and_parts(row, messages)
+    if isinstance(prompt, str) and re.match(r'\s*\[\s*\{\s*"(role|content)"\s*:', prompt):
+        raise RowError("got a conversation written as JSON text; must be the list itself")
     valid = isinstance(messages, list) and messages
     if not valid or not all(
         isinstance(message, Mapping)
@@ -89,7 +109,8 @@ def conversation(row: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
         )
     if messages[-1]["role"] != "user":
         raise RowError(
-            f"got a prompt whose last message is the {messages[-1]['role']}'s; must be the user's"
+            f"got a prompt whose last message is the {messages[-1]['role']}'s; must be the user's, "
+            "so leave out what answers it"
         )
     if not messages[-1]["content"].strip():
         raise RowError("got an empty prompt; must ask something")
@@ -98,7 +119,27 @@ def conversation(row: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
         messages = [{"role": "system", "content": system}, *messages]
     for message in messages:
         check_text("prompt", message["content"])
-    return tuple(dict(message) for message in messages)
+    # Parquet gives every message all the keys that any has.
+    return tuple({k: v for k, v in message.items() if v is not None} for message in messages)
+
+
+def _refuse_tools_and_parts(row: Mapping[str, Any], messages: Any) -> None:
+    """What a chat template may know and this package does not: to drop it would ask another
+    question."""
+    if row.get("tools") and not isinstance(row["prompt"], str):
+        raise RowError("got a column 'tools'; tools are not supported, so write them into the text")
+    for message in messages if isinstance(messages, list) else []:
+        if not isinstance(message, Mapping):
+            return
+        if message.get("tool_calls") or message.get("role") == "tool":
+            raise RowError("got a message with tool calls; tools are not supported: must be text")
+        if isinstance(message.get("content"), list):
+            parts = {str(p.get("type")) for p in message["content"] if isinstance(p, Mapping)}
+            held = f" ({', '.join(sorted(parts))})" if parts else ""
+            raise RowError(
+                f"got a message whose content is a list{held}; content lists are not supported: "
+                "must be text"
+            )
 
 
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")

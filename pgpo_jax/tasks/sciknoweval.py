@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.tasks import rewards
 from pgpo_jax.tasks.dataset import make_question, repeated
 from pgpo_jax.tasks.formats import read_file
 from pgpo_jax.tasks.rows import Rows, column, read_each
@@ -119,17 +118,15 @@ def load(config: TaskConfig) -> Task:
     def worked(question: Question) -> str:
         return VERIFIERS["multiple_choice"].worked(question.answer)
 
-    function = rewards.load(config.reward, config.reward_limit) if config.reward else None
     asked = read_each("task.path", train[: config.train_questions], question)
     held_out = read_each("task.path", test[: config.test_questions], question)
     return Task(
         name=f"sciknoweval/{config.domain}",
         train=asked,
         test=held_out,
-        verify=function.verify if function else verify_by(config, "multiple_choice"),
+        verify=verify_by(config, "multiple_choice"),
         examples=worked_examples(asked, worked),
         demonstration=worked,
         solution=worked,
-        code=function.digest if function else "",
         notes=tuple(repeated(asked, held_out)),
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pgpo_jax.errors import InputError
 from pgpo_jax.tasks import formats
-from pgpo_jax.tasks.rows import Rows
+from pgpo_jax.tasks.rows import Rows, listed
 
 SPLITS = {
     "train": ("train", "training"),
@@ -155,6 +155,10 @@ def _shards(folder: Path, subset: str | None, text: Collection[str]) -> Source:
     plain = getattr(config, "field", None) is None and getattr(config, "sep", ",") in (",", "\t")
     files = [file for found in names.values() for file in found]
     taken_for = f"the folder {folder} ({', '.join(names)})"
+    resolved = {file.resolve() for file in files}  # the library takes one format, the commonest
+    others = [file for file in sorted(folder.rglob("*")) if formats.suffix(file)]
+    if files and (left := [file for file in others if file.resolve() not in resolved]):
+        taken_for += f" without {listed(str(file.relative_to(folder)) for file in left)}"
     if not plain or not files or not all(file.is_file() and formats.suffix(file) for file in files):
         return Source(taken_for, _library(path, subset, str(folder)))
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib import metadata
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -18,6 +20,8 @@ from pgpo_jax.tasks.answers import Outcome
 from pgpo_jax.tasks.verifiers import VERIFIERS
 
 Name = Literal["addition", "code", "sciknoweval", "reasoning_gym", "dataset"]
+GROUP = "pgpo_jax.tasks"
+"""The group of entry points by which an installed package brings tasks."""
 Domain = Literal["biology", "chemistry", "materials", "physics"]
 PROGRAMS = ("tests", "public_tests", "entry_point", "time_limit")
 COLUMNS = ("prompt", "answer", "system", "feedback", "solution", "options", *PROGRAMS)
@@ -50,7 +54,9 @@ class Example(NamedTuple):
     response: str
     """What the model shall answer (the end token follows it)."""
     feedback: str = ""
-    """What the prompt shows of an earlier attempt; empty for none."""
+    """What the prompt says of an earlier attempt, as the teacher's would; empty for nothing."""
+    attempt: str = ""
+    """That attempt, where the prompt shows it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,11 @@ class Task:
     tokenizer: Any = None
     """The task's own tokenizer, for a model made from scratch; None: the checkpoint's."""
     code: str = ""
-    """Digest of the file of a user's reward function; empty where there is none."""
+    """Digest of the files of a user's reward functions; empty where there are none."""
+    rewards: tuple[str, ...] = ()
+    """What a user's reward functions are called in the metrics (`Outcome.parts`)."""
+    file: str = ""
+    """Digest of the file that made a task from outside; empty for those of the package."""
     notes: tuple[str, ...] = ()
     """What should be known of the questions before they are trained on, a sentence each."""
 
@@ -85,12 +95,13 @@ def digest(task: Task) -> dict[str, str]:
     """What a task's content is, so that a resumed run can tell whether it is still the same.
 
     Returns:
-      `train`, `test` and, for a user's reward function, `reward`, each 16 hexadecimal digits.
+      `train`, `test` and, where they are a user's, `reward` and `task`, each 16 hexadecimal digits.
       Lists are hashed question by question (prompt, answer and every column, not the names of
       files); a lazy sequence by its `repr`, which must state its parameters.
     """
     found = {"train": _digest(task.train), "test": _digest(task.test)}
-    return found | ({"reward": task.code[:16]} if task.code else {})
+    files = {"reward": task.code[:16], "task": task.file[:16]}
+    return found | {part: value for part, value in files.items() if value}
 
 
 def _digest(questions: Sequence[Question]) -> str:
@@ -121,14 +132,25 @@ def worked_examples(
     return examples
 
 
+def registered() -> list[str]:
+    """The tasks that installed packages bring."""
+    return sorted({entry.name for entry in metadata.entry_points(group=GROUP)})
+
+
+def _from_outside(name: str) -> bool:
+    return all(name.partition(":")) or name in registered()
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """What is asked and how it is judged (config section `task`)."""
 
-    name: Name = "addition"
+    name: str = "addition"
     """`addition`, `code` (small programs, judged by tests): built in, no files. `sciknoweval`: four
     science domains of multiple-choice questions. `reasoning_gym`: one of the hundred procedural
-    data sets of that package. `dataset`: your files, folder or Hugging Face data set."""
+    data sets of that package. `dataset`: your files, folder or Hugging Face data set. A task of
+    your own: `module:function`, which returns a `Task`, or what an installed package calls one
+    (entry points `pgpo_jax.tasks`)."""
 
     path: str | None = None
     """`sciknoweval`: a folder with `<domain>/{train,test}.jsonl` (default: the hub data set).
@@ -166,7 +188,8 @@ class TaskConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """`reasoning_gym`: the settings of that data set, such as `{max_words: 5}`. `addition`:
     `forgets`, the probability that the tutor forgets a carry (default 0.5), and `feedback`, whether
-    a wrong response is told one of its wrong digits (default false)."""
+    a wrong response is told one of its wrong digits (default false). A task of your own: the
+    keyword arguments of its function."""
 
     verifier: Literal["multiple_choice", "math", "exact", "numeric", "tool_use", "code"] | None = (
         None
@@ -174,14 +197,18 @@ class TaskConfig:
     """`dataset`: how a response is compared with the column `answer` (or set `reward`). `code`: the
     last fenced block of the response, or all of it, is a program that the column `tests` tests."""
 
-    reward: str | None = None
+    reward: str | tuple[str, ...] | None = None
     """Your own reward, `module:function`, called as in TRL: `f(prompts, completions, **columns)`
-    returns one float in [0, 1] a completion, or (float, feedback text), or {"reward", "feedback"}.
-    """
+    returns one number a completion, or (number, feedback text), or {"reward", "feedback"}; what
+    counts as a success is `reprompt.threshold`. Several, as `[a:f, b:g]`, are summed; each is
+    logged, as `reward/f`; None does not judge that completion; async ones run together."""
+
+    reward_weights: tuple[float, ...] = ()
+    """The factor of each reward function in the sum (default: 1 each)."""
 
     reward_limit: float = 600.0
-    """Seconds for one call of your reward function, for all responses of a step; a call that takes
-    longer ends the run."""
+    """Seconds for one call of a reward function, for all responses of a step, or of all async ones
+    together; a call that takes longer ends the run."""
 
     require_tags: bool = False
     """Accept an answer only between `<answer>` and `</answer>`, not a bare one."""
@@ -218,10 +245,14 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         counts = (self.train_questions, self.test_questions)
+        weights = self.reward_weights
         require(
             "task",
             self,
-            name=(self.name in get_args(Name), f"one of {', '.join(get_args(Name))}"),
+            name=(
+                self.name in get_args(Name) or _from_outside(self.name),
+                f"one of {', '.join([*get_args(Name), *registered()])}, or `module:function`",
+            ),
             domain=(self.domain in get_args(Domain), f"one of {', '.join(get_args(Domain))}"),
             verifier=(
                 self.verifier in (None, *CHECKS),
@@ -240,14 +271,27 @@ class TaskConfig:
             test_questions=(counts[1] is None or counts[1] >= 0, "not negative, or null"),
             seed=(self.seed >= 0, "not negative"),
             reward=(
-                self.reward is None or all(self.reward.partition(":")),
-                "`module:function`, such as `my_rewards:accuracy`",
+                self.reward != () and all(all(name.partition(":")) for name in self.rewards),
+                "`module:function`, such as `my_rewards:accuracy`, or a list of them",
+            ),
+            reward_weights=(
+                not weights
+                or (
+                    len(weights) == len(self.rewards)
+                    and all(map(math.isfinite, weights))
+                    and any(weights)
+                ),
+                f"a finite number for each of {len(self.rewards)} reward functions, not all 0",
             ),
             columns=(
                 all(n in COLUMNS and v and isinstance(v, str) for n, v in self.columns.items()),
                 f"names of columns for {', '.join(COLUMNS)}",
             ),
         )
+        if len({*self.rewards}) < len(self.rewards):
+            raise InputError(
+                f"task.reward: got {', '.join(self.rewards)}; must be different functions"
+            )
         if self.name == "reasoning_gym" and not self.dataset:
             raise InputError(
                 "task.dataset: got nothing; `reasoning_gym` needs the name of one of its data sets"
@@ -264,10 +308,18 @@ class TaskConfig:
             if value != initial:
                 raise InputError(f"task.{name}: got {value!r}; {reason}, so leave it out")
 
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The reward functions, `module:function` each."""
+        if self.reward is None:
+            return ()
+        return (self.reward,) if isinstance(self.reward, str) else tuple(self.reward)
+
     def _idle(self) -> dict[str, str]:
         """Fields that would be read by nothing, and why."""
         names = {entry.name for entry in fields(TaskConfig)}
-        common = {"name", "reward", "reward_limit", "train_questions", "test_questions"}
+        own = {"name", "reward", "reward_weights", "reward_limit"}
+        common = own | {"train_questions", "test_questions"}
         read = {
             "addition": common | {"seed", "options"},
             "code": common | {"seed", "time_limit", "workers", *_SANDBOXED},
@@ -275,7 +327,7 @@ class TaskConfig:
             "reasoning_gym": common
             | {"seed", "dataset", "options", "require_tags", "time_limit", "workers"},
             "dataset": names - {"domain", "dataset", "options"},
-        }[self.name]
+        }.get(self.name, own | {"options"})
         verifier = self.verifier
         if self.name == "sciknoweval":
             verifier = "multiple_choice"
@@ -283,7 +335,7 @@ class TaskConfig:
                 read = read | {"verifier"}
         found = dict.fromkeys(names - read, f"task.name = {self.name} does not read it")
         if self.reward is None:
-            found["reward_limit"] = "there is no task.reward"
+            found |= dict.fromkeys(("reward_limit", "reward_weights"), "there is no task.reward")
         tagged = ("multiple_choice", "exact", "numeric")
         if self.reward or (verifier not in tagged and self.name != "reasoning_gym"):
             judge = "task.reward" if self.reward else f"the verifier {verifier}"

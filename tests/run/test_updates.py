@@ -24,7 +24,7 @@ from pgpo_jax.models import decoder
 from pgpo_jax.optimizer import OptimizerConfig, information_state, learning_rate, make_optimizer
 from pgpo_jax.reprompt import RepromptConfig
 from pgpo_jax.run import Run, make_updates
-from pgpo_jax.run.updates import summarise_updates
+from pgpo_jax.run.updates import _by_kind, summarise_updates
 from pgpo_jax.sampler import Policy, SamplingConfig
 from pgpo_jax.state import init_train_state, train_state_shardings
 from pgpo_jax.step import make_train_step
@@ -149,6 +149,35 @@ def test_one_update_is_bit_for_bit_the_update_alone():
         told = {"updates": 1, "skipped/total": 0, "lr": float(learning_rate(OPTIMIZER)(done))}
         assert {name: row[name] for name in row.keys() - expected.keys()} == told
         assert [len(values) for values in divergence] == EXAMPLES.response_mask.sum(1).tolist()
+
+
+def test_information_is_told_by_the_kind_of_context():
+    update, state = prepared()
+    kinds = np.arange(ROWS) % 4
+    _, row, _ = update(state, EXAMPLES._replace(kinds=kinds, has_context=kinds > 0))
+    assert [row[f"context/{name}"] for name in data.KINDS] == [0.25] * 4
+    by_kind = [row[f"information/{name}"] for name in data.KINDS[1:]]
+    assert len({*by_kind}) == 3
+    np.testing.assert_allclose(np.mean(by_kind), row["information"], rtol=1e-5)
+    assert "information/none" not in row
+
+
+def test_a_response_without_a_token_has_no_information_of_any_kind():
+    mask = np.arange(ROWS)[:, None] > np.zeros(EXAMPLES.response_mask.shape[1])
+    examples = EXAMPLES._replace(
+        response_mask=mask, kinds=np.full(ROWS, 2), has_context=np.full(ROWS, True)
+    )
+    config = Config(data=DataConfig(questions_per_step=QUESTIONS), sampling=SAMPLING)
+    policy = Policy(None, None, None, SAMPLING, config.data)
+    run = Run(config, None, policy, RepromptConfig(), None)
+    found = _by_kind(run, examples, np.where(np.arange(ROWS) > 0, 0.5, 7).astype(np.float32))
+    assert found == {
+        "context/none": 0,
+        "context/demonstration": 0,
+        "context/feedback": 1,
+        "context/both": 0,
+        "information/feedback": 0.5,
+    }
 
 
 def test_a_step_of_several_updates_is_those_updates_and_counts_as_one():

@@ -4,10 +4,10 @@ import gzip
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from pgpo_jax.errors import InputError
-from pgpo_jax.tasks import TaskConfig, load
+from pgpo_jax.tasks import TaskConfig, load, rows
 
 ROWS = [{"prompt": f"Question {i}?", "answer": str(i)} for i in range(20)]
 
@@ -73,3 +73,55 @@ def test_a_file_of_an_unknown_format_is_refused_by_name(folder):
     (folder / "rows.xlsx").write_bytes(b"PK\x03\x04")
     with pytest.raises(InputError, match=r"rows\.xlsx"):
         read("rows.xlsx")
+
+
+def test_the_files_of_a_folder_that_are_not_read_are_named(folder):
+    (folder / "mixed" / "deep").mkdir(parents=True)
+    (folder / "mixed" / "one.json").write_text(json.dumps(ROWS))
+    (folder / "mixed" / "deep" / "two.json").write_text(json.dumps(ROWS))
+    (folder / "mixed" / "three.csv").write_text("prompt,answer\nq,1\n")
+    task = read("mixed")
+    assert len(task.train) + len(task.test) == 2 * len(ROWS)
+    assert task.notes[0].startswith("questions from the folder mixed (train) without three.csv;")
+
+
+def test_messages_may_stand_in_the_prompts_place_and_labels_have_their_names(folder):
+    chat = [{"role": "user", "content": "Is it?", "name": None}]
+    features = Features(
+        messages=[{"role": Value("string"), "content": Value("string"), "name": Value("string")}],
+        label=ClassLabel(names=["no", "yes"]),
+    )
+    Dataset.from_list([{"messages": chat, "label": 1}] * 3, features).to_parquet("labelled.parquet")
+    task = read("labelled.parquet", columns={"prompt": "messages", "answer": "label"})
+    assert task.train[0].messages == ({"role": "user", "content": "Is it?"},)
+    assert task.train[0].answer == "yes"
+
+
+PARTS = [{"type": "text", "text": "q"}, {"type": "image"}]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+ASK = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (
+            {"question": "q"},
+            r"got the columns question; must have 'prompt', or name the one that is meant, as "
+            r"task.columns \{prompt: question\}",
+        ),
+        ({"other": "q"}, r"got the columns other; must have 'prompt'$"),
+        (
+            {"prompt": [{"role": "user", "content": PARTS}]},
+            r"got a message whose content is a list \(image, text\); content lists are not supp",
+        ),
+        ({"prompt": [ASK], "tools": [{"name": "f"}]}, "got a column 'tools'; tools are not supp"),
+        ({"prompt": [ASK, CALL, ASK]}, "got a message with tool calls; tools are not supported"),
+        ({"prompt": [{"role": "tool", "content": "5"}, ASK]}, "got a message with tool calls"),
+        ({"prompt": json.dumps([ASK])}, "got a conversation written as JSON text; must be the li"),
+        ({"prompt": [ASK, {"role": "assistant", "content": "a"}]}, "so leave out what answers it"),
+    ],
+)
+def test_what_a_chat_template_would_need_is_refused_by_name(row, line):
+    with pytest.raises(rows.RowError, match=line):
+        rows.conversation(row)

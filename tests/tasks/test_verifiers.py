@@ -17,6 +17,7 @@ from pgpo_jax.tasks import (
     numeric,
     rewards,
     tool_use,
+    user_code,
     verifiers,
 )
 
@@ -208,7 +209,10 @@ def test_no_boxed_text_breaks_the_math_check(text):
 
 
 def rewarded(function, count=2, **columns):
-    return rewards.call_reward("m:f", function, ["p"] * count, ["c"] * count, columns)
+    keys = [f"q{row}" for row in range(count)]
+    asked = rewards.Asked(["p"] * count, ["c"] * count, columns, keys)
+    (given,) = rewards.call_rewards({"m:f": function}, asked)
+    return given
 
 
 @pytest.mark.parametrize(
@@ -233,12 +237,11 @@ def test_rewards_may_come_with_feedback(returned):
     [
         ([1.0], "returned 1 rewards for 2 completions"),
         ([1.0] * 3, "returned 3 rewards for 2 completions"),
-        ([1.0, float("nan")], "returned nan for a completion"),
-        ([1.0, float("inf")], "returned inf for a completion"),
-        ([1.0, None], "returned None for a completion"),
-        ([1.0, "1"], "returned '1' for a completion"),
-        ([1.0, (1.0, 2)], r"returned \(1.0, 2\) for a completion"),
-        ([1.0, {"score": 1}], "returned {'score': 1} for a completion"),
+        ([1.0, float("nan")], r"returned nan for completion 1 \(q1\); must return a finite number"),
+        ([1.0, float("inf")], r"returned inf for completion 1 \(q1\)"),
+        ([1.0, "1"], r"returned '1' for completion 1 \(q1\)"),
+        ([1.0, (1.0, 2)], r"returned \(1.0, 2\) for completion 1 \(q1\)"),
+        ([1.0, {"score": 1}], r"returned {'score': 1} for completion 1 \(q1\)"),
         ({"score": [1, 2]}, "returned {'score'"),
         ({"reward": [1, 2], "feedback": ["x"]}, "returned {'reward'"),
         (1.0, "returned 1.0;"),
@@ -263,10 +266,10 @@ def test_a_function_of_the_current_folder_can_be_imported(tmp_path, monkeypatch)
     (tmp_path / "broken_rewards_of_a_test.py").write_text("1/0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
-    assert rewards.import_function("own_rewards_of_a_test:f")() == [1]
+    assert user_code.import_function("own_rewards_of_a_test:f", "task.reward")() == [1]
     with pytest.raises(InputError, match="has no function 'g'"):
-        rewards.import_function("own_rewards_of_a_test:g")
+        user_code.import_function("own_rewards_of_a_test:g", "task.reward")
     with pytest.raises(InputError, match="ZeroDivisionError"):
-        rewards.import_function("broken_rewards_of_a_test:f")
+        user_code.import_function("broken_rewards_of_a_test:f", "task.reward")
     with pytest.raises(InputError, match=r"task.reward: got 'no_such_module:f'"):
-        rewards.import_function("no_such_module:f")
+        user_code.import_function("no_such_module:f", "task.reward")

@@ -36,6 +36,8 @@ function state() {
   return Object.fromEntries(fields.map(f => [f.name, f.value.trim()]));
 }
 
+const rewards = { between: r => r > 0 && r < 1, above: r => r > 1, below: r => r < 0 };
+
 function chosen(want) {
   const text = want.text.toLowerCase();
   const found = samples.filter(s =>
@@ -43,7 +45,7 @@ function chosen(want) {
     && (want.from === "" || s.step >= +want.from)
     && (want.to === "" || s.step <= +want.to)
     && (want.reward === "" || s.reward !== null
-      && (want.reward === "between" ? s.reward > 0 && s.reward < 1 : s.reward === +want.reward))
+      && (rewards[want.reward] || (r => r === +want.reward))(s.reward))
     && (want.context === "" || s.context === (want.context === "yes"))
     && (text === "" || [s.prompt, s.response, s.teacher, s.answer].some(t => t && t.toLowerCase().includes(text))));
   if (want.order === "late") found.sort((a, b) => b.step - a.step);
