@@ -170,15 +170,16 @@ def test_readme_states_the_two_commands_that_set_everything_up():
     assert "pip install -e '.[dev]' && pytest" in readme
 
 
-def test_readmes_tree_names_what_is_there_and_nothing_else():
-    tree = (ROOT / "README.md").read_text().split("```\npgpo_jax/")[1].split("```")[0]
+def test_the_tree_of_the_documentation_names_what_is_there_and_nothing_else():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    tree = page.split("```text\npgpo_jax/")[1].split("```")[0]
     tree = tree.split("\nconfigs/")[0]
     named = set()
     for name, rest in re.findall(r"── (\S+)(.*(?:\n│ .*)*)", tree):
         named.add(name)
         if name.endswith("/"):
             inside = re.search(r"\(([\w, ]+)\)$", rest)
-            assert inside, f"README names no files of {name}"
+            assert inside, f"it names no files of {name}"
             named |= {name + part for part in inside[1].split(", ")}
     package, there = ROOT / "pgpo_jax", set()
     for path in package.iterdir():
