@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
@@ -119,12 +120,30 @@ class Config:
             )
 
 
+def shipped() -> dict[str, str]:
+    """Name -> file of the configurations that come with the package: `quickstart`, `rivals/grpo`.
+
+    They lie in the package, or beside it where that is installed from a checkout.
+    """
+    package = Path(__file__).parent
+    folder = package / "configs"
+    if not folder.is_dir():
+        folder = package.parent / "configs"
+    paths = sorted(folder.rglob("*.yaml"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in paths}
+
+
+def _file(path: str, name: str) -> str:
+    """`path`, or where nothing is there the shipped configuration of this name, if there is one."""
+    return path if os.path.exists(path) else shipped().get(name, path)
+
+
 _BASE = Option("--base", "a file that CONFIG changes, in place of the one it names", "FILE")
 
 
 def command(name: str, doc: str | None, *options: Option) -> Command:
     """A command that takes a configuration: `CONFIG [--section.field VALUE ...]`."""
-    argument = Argument("CONFIG", "a YAML file of fields and values")
+    argument = Argument("CONFIG", "a YAML file, or a shipped one by name, as quickstart")
     example = "configs/quickstart.yaml"
     return Command(name, doc, (argument,), (_BASE, *options), example, Config)
 
@@ -140,8 +159,8 @@ def load(
     """Reads a YAML file, then applies overrides such as `["--optimizer.alpha", "0.5"]`.
 
     Args:
-      path: The file, or None for the defaults alone. Its entry `base`, a path relative to it,
-        names a file whose fields it changes.
+      path: The file, or the name of a shipped configuration (`shipped`); None for the defaults
+        alone. Its entry `base`, a path relative to it or such a name, is what its fields change.
       overrides: Command-line arguments, and `--base FILE` in place of the file's own. A value is
         read as YAML, that of a text field as it stands.
       values: Dotted field -> value, over all others; a text is read as an override's.
@@ -226,6 +245,7 @@ def dump(config: Config) -> str:
 
 def _read_on_base(path: str, base: str | None = None, inside: tuple[str, ...] = ()) -> Any:
     """The file's mapping over that of the file it names as `base` (or of `base`, if given)."""
+    path = _file(path, path)
     tree = _read(path)
     named = tree.pop("base", None)
     if base is None:
@@ -233,7 +253,7 @@ def _read_on_base(path: str, base: str | None = None, inside: tuple[str, ...] = 
             return tree
         if not isinstance(named, str):
             raise InputError(f"base: got {fields.show(named)} in {path}; must be a file")
-        base = os.path.join(os.path.dirname(path), named)
+        base = _file(os.path.join(os.path.dirname(path), named), named)
     inside = (*inside, os.path.realpath(path))
     if os.path.realpath(base) in inside:
         raise InputError(f"base: {path} names {base}, which stands on it; must not be a circle")

@@ -1,6 +1,7 @@
 """What holds for the project as a whole: layers, start-up, dependencies, versions, configs."""
 
 import ast
+import functools
 import importlib
 import pkgutil
 import re
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 import pgpo_jax
+from pgpo_jax import __main__ as commands
+from pgpo_jax import config, extras
+from pgpo_jax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(
@@ -24,7 +28,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def python(code):
-    command = [sys.executable, "-c", code]
+    return run([sys.executable, "-c", code])
+
+
+def run(command):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -109,6 +116,72 @@ def test_the_package_is_imported_within_four_seconds():
     assert min(seconds) < 3
 
 
+LIGHT = """
+import sys
+from pgpo_jax import extras
+sys.modules |= dict.fromkeys(extras.TRAIN)
+import pgpo_jax
+assert "jax" not in sys.modules, "the name alone imports nothing"
+from pgpo_jax import fused, methods, objective, teacher
+print(*(getattr(pgpo_jax, name) is not None for name in pgpo_jax.__all__))
+"""
+
+
+def test_the_core_needs_none_of_the_trainers_dependencies():
+    assert "False" not in python(LIGHT)
+    needed = [re.split(r"[\[>]", name)[0] for name in PROJECT["project"]["dependencies"]]
+    assert needed == ["jax", "jaxtyping", "numpy", "optax"]
+    ours = {"orbax-checkpoint": "orbax", "pyyaml": "yaml"}
+    trainer = [name.split(">")[0] for name in PROJECT["project"]["optional-dependencies"]["train"]]
+    assert sorted(ours.get(name, name) for name in trainer) == sorted(extras.TRAIN)
+
+
+def test_a_command_without_the_trainers_dependencies_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(extras, "TRAIN", ("jax", "no_such_package"))
+    monkeypatch.setattr(extras, "missing", functools.partial(extras.missing, extras.TRAIN))
+    extras.check_command(["python", "-m", "pytest", "pgpo_jax.train"])
+    extras.check_command(["python", "program.py"])
+    for call, name in (
+        (
+            lambda: extras.check_command(["python", "-m", "pgpo_jax.train"]),
+            "python -m pgpo_jax.train",
+        ),
+        (lambda: commands.run(["plan", "quickstart"]), "pgpo-jax plan"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            call()
+        line = f"error: {name}: needs no_such_package; pip install 'pgpo_jax[train]'\n"
+        assert capsys.readouterr().err == line
+
+
+def test_the_console_script_has_every_command(capsys):
+    assert PROJECT["project"]["scripts"] == {"pgpo-jax": "pgpo_jax.__main__:main"}
+    assert commands.run(["--help"]) == 0
+    told = capsys.readouterr().out
+    for name, (module, _) in commands.COMMANDS.items():
+        assert f"  {name} " in told
+        assert callable(importlib.import_module(module).main)
+    for argv, line in (
+        (["trian"], "COMMAND: got trian; did you mean train?"),
+        ([], "COMMAND: got none; must be one of train, evaluate, "),
+    ):
+        with pytest.raises(InputError, match=re.escape(line)):
+            commands.run(argv)
+
+
+def test_shipped_configurations_are_known_by_name(tmp_path, monkeypatch):
+    names = {path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in CONFIGS}
+    assert set(config.shipped()) == names
+    monkeypatch.chdir(tmp_path)
+    assert config.load("quickstart") == config.load(str(ROOT / "configs/quickstart.yaml"))
+    assert config.load("rivals/grpo").objective.policy == 1
+    Path("mine.yaml").write_text("base: quickstart\nsteps: 7\n")
+    assert config.load("mine.yaml", ["--base", "rivals/grpo"]).objective.policy == 1
+    assert config.load("mine.yaml").steps == 7
+    Path("quickstart").write_text("steps: 3\n")
+    assert config.load("quickstart").steps == 3, "a file of this name comes first"
+
+
 def test_no_module_imports_torch_or_the_slow_libraries():
     code = (
         f"import sys, importlib\nfor name in {MODULES}:\n    if not name.endswith('_worker'):\n"
@@ -123,6 +196,8 @@ def test_the_public_names_exist():
     for name in pgpo_jax.__all__:
         assert hasattr(pgpo_jax, name)
     assert len(pgpo_jax.__all__) <= 15
+    with pytest.raises(AttributeError, match="no attribute 'scale_by_informatio'"):
+        pgpo_jax.scale_by_informatio  # noqa: B018
 
 
 def test_the_version_is_stated_once():
@@ -145,8 +220,6 @@ def test_torch_is_no_dependency_of_a_run_or_of_the_tests():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_config_loads_and_its_dump_is_the_same_config(path, tmp_path):
-    from pgpo_jax import config
-
     loaded = config.load(str(path))
     again = tmp_path / "config.yaml"
     again.write_text(config.dump(loaded))
@@ -167,19 +240,20 @@ def test_there_are_configs():
 
 def test_readme_states_the_two_commands_that_set_everything_up():
     readme = (ROOT / "README.md").read_text()
-    assert "pip install -e . && python -m pgpo_jax.train configs/quickstart.yaml" in readme
+    assert "pip install -e '.[train]' && python -m pgpo_jax.train configs/quickstart.yaml" in readme
     assert "pip install -e '.[dev]' && pytest" in readme
 
 
-def test_readmes_tree_names_what_is_there_and_nothing_else():
-    tree = (ROOT / "README.md").read_text().split("```\npgpo_jax/")[1].split("```")[0]
+def test_the_tree_of_the_documentation_names_what_is_there_and_nothing_else():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    tree = page.split("```text\npgpo_jax/")[1].split("```")[0]
     tree = tree.split("\nconfigs/")[0]
     named = set()
     for name, rest in re.findall(r"── (\S+)(.*(?:\n│ .*)*)", tree):
         named.add(name)
         if name.endswith("/"):
             inside = re.search(r"\(([\w, ]+)\)$", rest)
-            assert inside, f"README names no files of {name}"
+            assert inside, f"it names no files of {name}"
             named |= {name + part for part in inside[1].split(", ")}
     package, there = ROOT / "pgpo_jax", set()
     for path in package.iterdir():
@@ -198,7 +272,7 @@ def test_dependencies_have_a_lower_bound_and_an_upper_one_only_with_its_reason()
     tools = extras.pop("dev")
     needed = [*PROJECT["project"]["dependencies"], *(name for e in extras.values() for name in e)]
     for requirement in needed:
-        if re.fullmatch(r"jax\[\w+\]", requirement):  # a backend; the version is that of jax
+        if re.fullmatch(r"(jax|pgpo_jax)\[\w+\]", requirement):  # the version is its own
             continue
         assert ">=" in requirement
         if re.search(r"<|==|~=|!=", requirement):

@@ -54,6 +54,8 @@ def _run(arm: str, seed: int, curve: Curve) -> dict[str, Any]:
     return values | {
         "best_step": int(curve.steps[curve.best]),
         "mean": float(curve.accuracy.mean()),
+        "steps": curve.steps.tolist(),
+        "accuracy": curve.accuracy.tolist(),
         **_spreads([curve]),
         "updates": len(curve.updates),
         "collapsed": curves.collapsed(curve.accuracy),
