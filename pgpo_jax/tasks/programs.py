@@ -89,10 +89,13 @@ def _read(value: Any, entry_point: str | None) -> tuple[Test, ...]:
             value = json.loads(value) if value.lstrip()[:1] in ("[", "{") else [value]
         except ValueError:
             value = [value]
-    if isinstance(value, Mapping) and {"inputs", "outputs"} <= value.keys():
-        pairs = value["inputs"], value["outputs"]
+    names = ("inputs", "outputs")
+    if isinstance(value, Mapping) and not value.keys() & set(names):
+        names = ("input", "output")  # as the `datasets` library has a list of `{input, output}`
+    if isinstance(value, Mapping) and set(names) <= value.keys():
+        pairs = [value[name] for name in names]
         if not all(isinstance(part, list) for part in pairs) or len(pairs[0]) != len(pairs[1]):
-            raise RowError("got `inputs` and `outputs`; must be lists of the same length")
+            raise RowError(f"got {' and '.join(names)}; must be lists of the same length")
         value = [{"input": one, "output": other} for one, other in zip(*pairs, strict=True)]
     if not isinstance(value, list):
         raise RowError(
