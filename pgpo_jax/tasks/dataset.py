@@ -51,6 +51,8 @@ def load(config: TaskConfig) -> Task:
     questions = rows.read_each("task.path", list(zip(places, parts, strict=True)), question)
     asked, held_out = questions[: len(train)], questions[len(train) :]
     solved = [question for question in asked if question.columns.get("solution")]
+    # A program is known only where a row gives one.
+    known = check or (solved if verifier is None else _all_solved(questions))
 
     def worked(question: Question) -> str:
         solution = question.columns.get("solution")
@@ -62,10 +64,14 @@ def load(config: TaskConfig) -> Task:
         test=held_out,
         verify=verify_by(config, verifier or "exact"),  # or task.reward, see `registry.load`
         examples=worked_examples(solved, worked) if solved else None,
-        demonstration=worked if solved or check else None,
+        demonstration=worked if known else None,
         solution=(lambda question: question.columns.get("solution") or None) if solved else None,
         notes=(*notes, *repeated(asked, held_out), *sandbox.notes(config.sandbox)),
     )
+
+
+def _all_solved(questions: Sequence[Question]) -> bool:
+    return all(question.columns.get("solution") for question in questions)
 
 
 # --- which rows -----------------------------------------------------------------------------------

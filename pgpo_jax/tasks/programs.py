@@ -23,6 +23,7 @@ from pgpo_jax.tasks.task import Question, TaskConfig, Verify
 LONGEST = 100_000
 """Characters; a longer program is not run."""
 MOST_SECONDS = 3600.0
+BROKEN_SYNTAX = ("SyntaxError", "IndentationError", "TabError")
 NO_PROGRAM = "The response has no program: give it as the last block between lines of ```."
 TOO_LONG = f"The program has more than {LONGEST:,} characters."
 
@@ -71,16 +72,18 @@ def read_tests(row: Mapping[str, Any]) -> Tests:
     entry_point, seconds = row.get("entry_point"), row.get("time_limit")
     if entry_point is not None and not (isinstance(entry_point, str) and entry_point.strip()):
         raise RowError(f"got the entry point {str(entry_point)[:80]!r}; must be a function's name")
-    timed = type(seconds) in (int, float) and 0 < seconds <= MOST_SECONDS
-    if seconds is not None and not timed:
-        raise RowError(
-            f"got the time limit {str(seconds)[:80]!r}; must be seconds, {MOST_SECONDS:g} at most"
-        )
+    if seconds is not None:
+        if type(seconds) not in (int, float) or not 0 < seconds <= MOST_SECONDS:
+            raise RowError(
+                f"got the time limit {str(seconds)[:80]!r}; must be seconds, {MOST_SECONDS:g} at "
+                "most"
+            )
+        seconds = float(seconds)
     public = () if row.get("public_tests") is None else _read(row["public_tests"], entry_point)
     hidden = tuple(test for test in _read(column(row, "tests"), entry_point) if test not in public)
     if not public and not hidden:
         raise RowError("got no tests; must have at least one in the column 'tests'")
-    return Tests(public, hidden, entry_point, float(seconds) if timed else None)
+    return Tests(public, hidden, entry_point, seconds)
 
 
 def _read(value: Any, entry_point: str | None) -> tuple[Test, ...]:
@@ -89,10 +92,13 @@ def _read(value: Any, entry_point: str | None) -> tuple[Test, ...]:
             value = json.loads(value) if value.lstrip()[:1] in ("[", "{") else [value]
         except ValueError:
             value = [value]
-    if isinstance(value, Mapping) and {"inputs", "outputs"} <= value.keys():
-        pairs = value["inputs"], value["outputs"]
+    names = ("inputs", "outputs")
+    if isinstance(value, Mapping) and not value.keys() & set(names):
+        names = ("input", "output")  # as the `datasets` library has a list of `{input, output}`
+    if isinstance(value, Mapping) and set(names) <= value.keys():
+        pairs = [value[name] for name in names]
         if not all(isinstance(part, list) for part in pairs) or len(pairs[0]) != len(pairs[1]):
-            raise RowError("got `inputs` and `outputs`; must be lists of the same length")
+            raise RowError(f"got {' and '.join(names)}; must be lists of the same length")
         value = [{"input": one, "output": other} for one, other in zip(*pairs, strict=True)]
     if not isinstance(value, list):
         raise RowError(
@@ -248,7 +254,7 @@ def judge_program(sandbox: Sandbox, tests: Tests, program: str, config: TaskConf
         return Outcome(1.0)
     told = feedback(*failed, public=failed[0] in tests.public, seconds=seconds)
     reward = passed / total if config.partial_credit else 0.0
-    formed = failed[1].type not in ("SyntaxError", "IndentationError", "TabError")
+    formed = failed[1].type not in BROKEN_SYNTAX
     return Outcome(reward, shorten(told, config.feedback_limit), formed)
 
 
@@ -262,25 +268,26 @@ def _run(sandbox: Sandbox, tests: Tests, test: Test, program: str, seconds: floa
     if found["why"] is not None:
         return Verdict(found["why"])
     said = found["said"]
-    error = {name: _text(said.get(name)) for name in ("error", "type", "line")}
+    error, type_, line = (_text(said.get(name)) for name in ("error", "type", "line"))
+    end = Verdict("error", error=error, type=type_, line=line)
+    dead = Verdict("ended", error=_ending(found["code"]))
     if test.code is not None:
-        kind = said.get("kind", "ended")
+        kind, loading = said.get("kind", "ended"), bool(said.get("loading"))
         if kind == "ended":
-            error["error"] = _ending(found["code"])
-        compared = tuple(map(_text, said.get("compared", ())))
-        loading = bool(said.get("loading"))
-        kind = "broken" if kind == "unusable" else kind
-        shown = compared if len(compared) == 3 else None
-        return Verdict(kind, compared=shown, loading=loading, **error)
+            return dead._replace(loading=loading)
+        compared = said.get("compared", ())
+        if len(compared) == 3:
+            called, given, expected = map(_text, compared)
+            end = end._replace(compared=(called, given, expected))
+        return end._replace(kind=kind, loading=loading)
     output = _text(found["output"])
     if found["full"]:
         return Verdict("output")
     if found["code"] == 0:
         return Verdict("passed" if same_output(output, test.output) else "wrong", output)
-    if not error["error"]:
-        return Verdict("ended", output, error=_ending(found["code"]))
-    loading = error["type"] in ("SyntaxError", "IndentationError", "TabError")
-    return Verdict("error", output, loading=loading, **error)
+    if not error:
+        return dead
+    return end._replace(output=output, loading=type_ in BROKEN_SYNTAX)
 
 
 def _ending(code: int) -> str:

@@ -68,7 +68,7 @@ class Sandbox:
 
         Returns:
           `why` as for `run`, and what the test `said`, with the `kind` of its end: `passed`,
-          `wrong`, `error`, `ended` (the program's process did) or `unusable`.
+          `wrong`, `error`, `ended` (the program's process did) or `broken` (the test is).
         """
         return self._pool.ask(["test", program, test, entry_point], seconds)
 

@@ -170,7 +170,7 @@ def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
         return each(list.__iter__(value))
     for kind in (tuple, set, frozenset):
         if isinstance(value, kind):
-            return {kind.__name__: each(kind.__iter__(value))}
+            return {kind.__name__: each(tuple(value))}
     if isinstance(value, dict):
         return {"dict": [each(pair) for pair in dict.items(value)]}
     if isinstance(value, bytes | bytearray):
@@ -522,7 +522,7 @@ def judge(source: str, test: str, entry_point: str | None) -> dict[str, Any]:
         if isinstance(scope.get("check"), types.FunctionType):
             scope["check"](scope["candidate"])
     except Unpassable as error:
-        return {"kind": "unusable", "error": str(error)}
+        return {"kind": "broken", "error": str(error)}
     except EOFError:
         return {"kind": "ended"}
     except Mismatch as error:

@@ -61,6 +61,7 @@ PAIR = {"input": "1\n", "output": "2"}
         ({"tests": [PAIR]}, (), (Test(None, "1\n", "2"),)),
         ({"tests": json.dumps([PAIR])}, (), (Test(None, "1\n", "2"),)),
         ({"tests": {"inputs": ["1\n"], "outputs": ["2"]}}, (), (Test(None, "1\n", "2"),)),
+        ({"tests": {"input": ["1\n"], "output": ["2"]}}, (), (Test(None, "1\n", "2"),)),
         ({"tests": ["assert f(1) == 2"]}, (), (Test("assert f(1) == 2"),)),
         ({"tests": "assert f(1) == 2"}, (), (Test("assert f(1) == 2"),)),
         ({"tests": [PAIR], "public_tests": [PAIR]}, (Test(None, "1\n", "2"),), ()),
@@ -309,6 +310,7 @@ def test_data_sets_of_each_form_are_judged(tmp_path):
     except InputError as error:
         pytest.skip(str(error))
     human_eval, mbpp, live = task.train
+    assert task.demonstration is None, "two of three have no solution"
     assert task.solution is not None and task.solution(human_eval) == HUMAN_EVAL["solution"]
     double, reads = "def double(x): return x + x", "print(2 * int(input()))"
     pairs = [
