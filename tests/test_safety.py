@@ -17,7 +17,7 @@ from rich.console import Console
 from pgpo_jax import convert, data, errors, tasks
 from pgpo_jax.errors import InputError
 from pgpo_jax.logs import Writer, console
-from pgpo_jax.tasks import mathematics, verifiers
+from pgpo_jax.tasks import Outcome, mathematics, verifiers
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "pgpo_jax").glob("*.py"))
@@ -137,7 +137,7 @@ def test_memory_that_runs_out_in_mathematics_is_a_counted_reward_of_0_and_the_ne
     resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
     # A number of 6 MB; nothing of it is in the caches of math-verify.
     outcome = verifiers.math(r"\boxed{3^{3 \cdot 10^7}}", "7", time_limit=60)
-    assert outcome == (0.0, "", True, True)
+    assert outcome == Outcome(0.0, "", True, True)
     process.wait(timeout=60)
     assert process.returncode == 0  # it ended by itself, for the next to start afresh
     assert verifiers.math(r"\boxed{1+2}", "3").reward == 1
@@ -145,7 +145,7 @@ def test_memory_that_runs_out_in_mathematics_is_a_counted_reward_of_0_and_the_ne
 
 @needs_math
 def test_a_wrong_answer_within_the_memory_limit_is_not_counted_as_failed():
-    assert verifiers.math(r"\boxed{\sqrt{2}}", "7") == (0.0, "", True, False)
+    assert verifiers.math(r"\boxed{\sqrt{2}}", "7") == Outcome(0.0, "", True, False)
 
 
 @pytest.mark.parametrize(

@@ -271,9 +271,11 @@ def _failing_row(
     for row in range(len(asked.completions)):
         try:
             _call({"": function}, asked.alone(row), limit)
-        except (_Failed, InputError) as again:
+        except _Failed as again:
             if type(again.__cause__) is type(error):
                 failing.append(row)
+        except InputError:  # it took too long
+            return None
         if time.monotonic() > end:
             return None
     return failing[0] if failing and len(failing) < len(asked.completions) else None

@@ -1,7 +1,7 @@
 """Tasks: the built-in addition, SciKnowEval, own data sets, own rewards, bad input."""
 
 import json
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ import pytest
 from pgpo_jax import fields, tasks
 from pgpo_jax.errors import InputError
 from pgpo_jax.tasks import TaskConfig, addition, load, sciknoweval
+from pgpo_jax.tasks.task import Name
 
 # --- addition ------------------------------------------------------------------------------
 
@@ -443,4 +444,4 @@ def test_a_config_file_can_state_every_field():
     config = TaskConfig(name="dataset", path="d.jsonl", verifier="numeric", test_questions=5)
     text = fields.dump_yaml(fields.encode(config))
     assert fields.decode(TaskConfig, fields.load_yaml(text)) == config
-    assert tasks.TASKS.keys() == set(get_args(get_type_hints(TaskConfig)["name"]))
+    assert tasks.TASKS.keys() == set(get_args(Name))

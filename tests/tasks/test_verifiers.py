@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pgpo_jax.errors import InputError
 from pgpo_jax.tasks import (
+    Outcome,
     exact,
     last_boxed,
     mathematics,
@@ -94,7 +95,7 @@ def test_multiple_choice_reads_the_last_answer(response, reward, strict, well_fo
 def test_exact_compares_the_whole_text_or_what_stands_between_the_tags():
     assert exact(" blue \n", "blue").reward == 1
     assert exact("It is <answer>blue</answer>", "blue").reward == 1
-    assert exact("It is blue", "blue") == (0.0, "", True, False)
+    assert exact("It is blue", "blue") == Outcome(0.0, "", True, False)
     strict = exact("blue", "blue", require_tags=True)
     assert (strict.reward, strict.well_formed) == (0, False)
 
@@ -189,7 +190,7 @@ def test_math_accepts_equal_expressions_and_survives_a_hang():
     assert check(r"\boxed{x+1}", "$1+x$").reward == 1
     assert check(r"\boxed{3}", r"the answer is \boxed{3}").reward == 1
     wrong = check(r"\boxed{4}", "3")
-    assert wrong == (0.0, "", True, False)
+    assert wrong == Outcome(0.0, "", True, False)
     missing = check("4", "4")
     assert (missing.reward, missing.well_formed, missing.failed) == (0, False, False)
     assert check(r"\boxed{}", "3").failed
