@@ -27,9 +27,11 @@ while true; do
   case "$(state)" in
     ACTIVE)
       everywhere "test -d pgpo_jax || git clone $(printf %q "$SOURCE") pgpo_jax"
-      everywhere "cd pgpo_jax && pip install --quiet -e '.[tpu]'"
+      # The images' own Python may be older than 3.11; uv brings one.
+      everywhere "cd pgpo_jax && pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12"
+      everywhere "cd pgpo_jax && ~/.local/bin/uv pip install --quiet -e '.[tpu]'"
       # Every host runs the same command; JAX finds the others.
-      if everywhere "cd pgpo_jax && ~/.local/bin/pgpo-jax train $arguments"; then exit 0; fi
+      if everywhere "cd pgpo_jax && source .venv/bin/activate && pgpo-jax train $arguments"; then exit 0; fi
       # Bad input (2) and failures (1) would only come again.
       if [ "$(state)" = ACTIVE ]; then exit 1; fi
       ;;
