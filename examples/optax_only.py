@@ -16,7 +16,7 @@ def main(steps: int = 30) -> None:
     """Distils a table of logits; prints what the multiplier does on the way."""
     teacher_logits = 3.0 * jax.random.normal(jax.random.key(0), (BATCH, TIME, VOCAB))
     lengths = jnp.arange(BATCH) + 5
-    response_mask = jnp.arange(TIME) < lengths[:, None]  # True at a response's tokens
+    response_mask = jnp.arange(TIME)[None] < lengths[:, None]  # True at a response's tokens
     sample_mask = jnp.arange(BATCH) > 1  # two responses have no teacher context
 
     optimizer = optax.chain(

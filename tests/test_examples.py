@@ -54,7 +54,7 @@ def test_the_task_of_ones_own_judges_with_feedback(capsys):
     told = capsys.readouterr().out
     assert "6 questions, 2 held out" in told
     assert "pmal: reward 1.00" in told
-    assert "plam: reward 0.25 1 of 4 letters are in their place." in told
+    assert "plam: reward 0.50 2 of 4 letters are in their place." in told
 
 
 def test_trls_rows_and_reward_are_used_as_they_are(capsys, tmp_path, monkeypatch):
