@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": ("pgpo_jax.convert", "checkpoints to Hugging Face folders"),
     "plan": ("pgpo_jax.plan", "memory and time on devices that need not exist"),
     "report": ("pgpo_jax.report", "one page about runs"),
+    "doctor": ("pgpo_jax.doctor", "whether this machine is ready for a run"),
     "checkpoint": ("pgpo_jax.checkpoint.commands", "compare two runs bit by bit"),
 }
 

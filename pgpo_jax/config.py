@@ -143,7 +143,7 @@ _BASE = Option("--base", "a file that CONFIG changes, in place of the one it nam
 
 def command(name: str, doc: str | None, *options: Option) -> Command:
     """A command that takes a configuration: `CONFIG [--section.field VALUE ...]`."""
-    argument = Argument("CONFIG", "a YAML file, or a shipped one by name, as quickstart")
+    argument = Argument("CONFIG", "a YAML file of fields and values")
     example = "configs/quickstart.yaml"
     return Command(name, doc, (argument,), (_BASE, *options), example, Config)
 
