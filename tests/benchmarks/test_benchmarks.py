@@ -71,6 +71,12 @@ def test_what_the_multiplier_costs_is_measured(run):
 
 
 @pytest.mark.slow
+def test_the_sandbox_is_timed_for_either_kind_of_test(run):
+    result = run("sandbox", "--responses", "3", "--tests", "2", "--sandbox", "none")
+    assert result["seconds"].keys() == {"stdin", "asserts"}
+
+
+@pytest.mark.slow
 def test_packed_and_padded_updates_are_compared_where_it_helps_and_where_not(run):
     result = run("packing", "--preset", "tiny", "--repeats", "1", "--batches", "2")
     for lengths, packed in (("skewed", True), ("equal", False)):

@@ -1,6 +1,5 @@
 """Programs that a model might write, hostile ones too: none gets out, none passes unearned."""
 
-import os
 import subprocess
 import sys
 import time
@@ -207,7 +206,6 @@ def box():
 @pytest.fixture(scope="module")
 def verdicts(box):
     """What became of each program, and what it printed; all in one call, so that they overlap."""
-    os.environ["PGPO_JAX_CANARY"] = "sung"
     reading = [(name, source, Test(None, "3\n", "6\n"), k) for name, (source, k) in READING.items()]
     tested = [(name, source, Test(test), k) for name, (source, test, k) in TESTED.items()]
 
@@ -328,7 +326,10 @@ def test_a_sandbox_ends_when_nobody_waits_for_it_any_more(box):
 def unprotected():
     if not sys.platform.startswith("linux"):
         pytest.skip("programs run on Linux only")
-    found = sandbox.Sandbox("none")
+    try:
+        found = sandbox.Sandbox("none")
+    except InputError as error:
+        pytest.skip(str(error))
     yield found
     found.stop()
 
