@@ -235,7 +235,7 @@ def run_discovery(run: Run, models: Models, session: Session) -> dict[str, Any]:
     screened = _screened(run, models.student, questions, session)
     hard = _hard(screened, config, session)
     records = Records(folder / RECORDS)
-    pairs = [(place, method) for place in hard for method in config.methods]
+    pairs: list[tuple[int, Method]] = [(p, method) for p in hard for method in config.methods]
     one, writer = for_one_question(run), session.writer
     optimizer = make_optimizer(run.config.optimizer, read_multipliers(run.config.optimizer.replay))
     update = make_updates(one, abstract_train_state(models.student, optimizer, models.teacher))
@@ -417,7 +417,9 @@ def _summary(
     done = [place for place in hard if all((place, each) in found for each in config.methods)]
     if not done:
         return {}
-    each = {method: [found[place, method] for place in done] for method in config.methods}
+    each: dict[Method, list[Found]] = {
+        method: [found[place, method] for place in done] for method in config.methods
+    }
     return summarise(each, config.attempts)
 
 
