@@ -1,7 +1,7 @@
 """Whether this machine, and what a configuration names, is ready for a run.
 
-One screen: versions, devices and their memory, disk, caches, open files, and the extras that are not
-installed. With CONFIG, which may be left out, also what that names: the mesh and its rows, the
+One screen: versions, devices and their memory, disk, caches, open files, and the extras that are
+not installed. With CONFIG, which may be left out, also what that names: the mesh and its rows, the
 model, the folders. Nothing is downloaded, loaded or trained. The exit code is 0, or 2 where
 something would end a run.
 """
