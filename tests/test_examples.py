@@ -18,7 +18,10 @@ from pgpo_jax.train import COMMAND
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOK = ROOT / "examples/quickstart.ipynb"
-SHORT = "--steps 1 --warm_start.steps 1 --evaluation.every 0 --data.questions_per_step 2"
+SHORT = (
+    "--steps 1 --warm_start.steps 1 --evaluation.every 0 --evaluation.preflight_questions 0 "
+    "--data.questions_per_step 2"
+)
 
 
 def cells():
