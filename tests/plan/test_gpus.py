@@ -53,7 +53,7 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(gpus, "COMPILER", ("jax", "no-such-compiler"))
     with pytest.raises(
         InputError,
-        match=r"got h100:1x8, but no-such-compiler.*not installed; pip install .*plan-gpu",
+        match=r"h100:1x8, but these are not installed: no-such-compiler; pip install .*plan-gpu",
     ):
         chips.topology_devices("h100:1x8")
 
