@@ -53,7 +53,7 @@ FAMILIES = {
     },
 }
 # Gemma 3 has most of what the layers of these have; the others repeat a test with less.
-RARE = ("mistral", "ministral", "granite")
+RARE = ("mistral", "ministral", "smollm3", "granite")
 REPEATED = [pytest.param(name, marks=pytest.mark.slow) for name in ("smollm3", "granite")]
 TOLERANCE = 1e-5  # float32, hidden states of magnitude 3; sums are ordered differently
 EXACT = decoder.Options(dtype=jnp.float32)
