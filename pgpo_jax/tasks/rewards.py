@@ -224,7 +224,10 @@ def _call(functions: Functions, asked: Asked, limit: float) -> dict[str, Any]:
                 given = function(**asked.arguments())
                 if isinstance(given, Iterator):  # a generator has yet to do its work
                     given = list(given)
-            (waiting if inspect.isawaitable(given) else returned)[name] = given
+            if inspect.isawaitable(given):
+                waiting[name] = given
+            else:
+                returned[name] = given
         if waiting:
             with _limited(", ".join(waiting), asked, limit):
                 returned |= asyncio.run(_together(waiting))
