@@ -1,10 +1,11 @@
-"""Addition by a tutor who never carries, with feedback: no answer is right at first.
+"""Addition by a tutor who drops the last carry, with feedback: no answer is right at first.
 
-Two 3-digit numbers with two carries or more, digits least significant first. A model that learned
-from this tutor fails every question, so no response has a successful sibling, and without feedback
-nothing is ever learned. The feedback on a response marks its wrong digits, as in `0101`, and does
-not say what is right; the tutor's other examples show how to use such marks beside the attempt
-that they are of (`reprompt.show_attempt`), and how to use a demonstration.
+Two 3-digit numbers whose sum has a fourth digit, digits least significant first. A model that
+learned from this tutor, who writes 0 there, fails every question, so no response has a successful
+sibling, and without feedback nothing is ever learned. The feedback on a response marks its wrong
+digits, as in `0001`, and does not say what is right; the tutor's other examples show how to use
+such marks beside the attempt that they are of (`reprompt.show_attempt`), and how to use a
+demonstration.
 
 A task from outside, as yours may be: `task.name: pgpo_jax.tasks.carries:task`.
 """
@@ -20,8 +21,6 @@ from pgpo_jax.tasks.answers import Outcome
 from pgpo_jax.tasks.task import Example, Question, Task
 
 DIGITS = 3
-CARRIES = 2
-"""Fewest carries of a question."""
 TEMPLATES = {
     "reprompt": "{prompt}{solution}{feedback}",
     "solution": "#{demonstration}",
@@ -49,15 +48,9 @@ def task(seed: int = 0, train_questions: int = 4000, test_questions: int = 128) 
     )
 
 
-def tutor_sum(first: int, second: int, forgets: Sequence[bool] = (True,) * DIGITS) -> str:
-    """The sum, but for the carries that are forgotten: all, unless said otherwise."""
-    carry, out = 0, []
-    for forgotten in forgets:
-        carry, digit = divmod(first % 10 + second % 10 + carry, 10)
-        carry = 0 if forgotten else carry
-        first, second = first // 10, second // 10
-        out.append(str(digit))
-    return "".join(out) + str(carry)
+def tutor_sum(first: int, second: int) -> str:
+    """The sum but for its last carry."""
+    return digits((first + second) % 10**DIGITS, DIGITS + 1)
 
 
 def marks(response: str, answer: str) -> str:
@@ -66,11 +59,10 @@ def marks(response: str, answer: str) -> str:
 
 
 def _pairs(rng: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Addends with enough carries, without end."""
+    """Addends whose sum has one digit more, without end."""
     while True:
         first, second = (int(value) for value in rng.integers(0, 10**DIGITS, 2))
-        forgetful, right = tutor_sum(first, second), digits(first + second, DIGITS + 1)
-        if marks(forgetful, right).count("1") >= CARRIES:
+        if first + second >= 10**DIGITS:
             yield first, second
 
 
@@ -96,12 +88,15 @@ def _judge(question: Question, response: str) -> Outcome:
 
 def _examples(rng: np.random.Generator, count: int) -> list[Example]:
     """By turns: the plain question with the tutor's sum, a demonstration with the right one, an
-    attempt that forgot some of the carries and its marks with the right one."""
+    attempt some of whose digits are one too low and its marks with the right one."""
     pairs, out = _pairs(rng), []
     for row in range(count):
         first, second = next(pairs)
         question = _question(first, second)
-        attempt = tutor_sum(first, second, (rng.random(DIGITS) < 0.5).tolist())
+        lower = rng.random(DIGITS + 1) < 0.5
+        attempt = "".join(
+            str((int(d) - n) % 10) for d, n in zip(question.answer, lower, strict=True)
+        )
         told = marks(attempt, question.answer)
         if row % 3 == 0:
             out.append(Example(question, None, tutor_sum(first, second)))
