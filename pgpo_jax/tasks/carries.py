@@ -94,9 +94,8 @@ def _examples(rng: np.random.Generator, count: int) -> list[Example]:
         first, second = next(pairs)
         question = _question(first, second)
         lower = rng.random(DIGITS + 1) < 0.5
-        attempt = "".join(
-            str((int(d) - n) % 10) for d, n in zip(question.answer, lower, strict=True)
-        )
+        places = zip(question.answer, lower, strict=True)
+        attempt = "".join(str((int(digit) - low) % 10) for digit, low in places)
         told = marks(attempt, question.answer)
         if row % 3 == 0:
             out.append(Example(question, None, tutor_sum(first, second)))
