@@ -32,7 +32,7 @@ class Config:
     """One run. Every section's dataclass stands beside the code that it configures."""
 
     seed: int = 0
-    """Everything random derives from it and from the step, so any step can be replayed."""
+    """All that is random derives from it and the step: any step can be replayed."""
     steps: int = 100
     """Updates of the student: rollouts, each with one update unless `data` asks for several."""
     output_dir: str = "runs/pgpo"

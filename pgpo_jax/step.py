@@ -122,12 +122,8 @@ def make_train_step(
             "padding_fraction": padding_fraction(batch),
             **each._asdict(),
         }
+        place = functools.partial(_place, replicated=shardings.step)
         return state._replace(step=state.step + steps), jax.tree.map(place, measured)
-
-    def place(x: Array) -> Array:
-        """Numbers are on every device, rows where the batch's are."""
-        where = sharding.row_sharding(x.shape, mesh) if x.ndim else shardings.step
-        return jax.lax.with_sharding_constraint(x, where)
 
     # Without stated shardings the partitioner may move the state from one step to the next.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
@@ -256,6 +252,12 @@ def _accumulate(grad_fn: Callable[..., Any], batch: Batch, weights: Any, mesh: M
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, measured))
     (grads, measured), each = jax.lax.scan(add, zeros, parts)
     return grads, (measured, jax.tree.map(_join, each))
+
+
+def _place(x: Array, replicated: NamedSharding) -> Array:
+    """Numbers are on every device, rows where the batch's are."""
+    where = sharding.row_sharding(x.shape, replicated.mesh) if x.ndim else replicated
+    return jax.lax.with_sharding_constraint(x, where)
 
 
 def _flat(x: Any) -> Array:

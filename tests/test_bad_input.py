@@ -615,7 +615,8 @@ def write_dataset(content: str | bytes = with_row(**QUESTIONS[0]), **task) -> st
         ),
         "a missing column": (
             with_row(question="1", answer="2"),
-            "task.path: questions.jsonl:3: got the columns question, answer; must have 'prompt'",
+            "task.path: questions.jsonl:3: got the columns question, answer; must have 'prompt', "
+            "or name the one that is meant, as task.columns {prompt: question}",
         ),
         "no answer": (
             with_row(prompt="1"),
@@ -638,7 +639,7 @@ def write_dataset(content: str | bytes = with_row(**QUESTIONS[0]), **task) -> st
         "a conversation that ends with an answer": (
             with_row(prompt=[{"role": "assistant", "content": "1"}], answer="1"),
             "task.path: questions.jsonl:3: got a prompt whose last message is the assistant's; "
-            "must be the user's",
+            "must be the user's, so leave out what answers it",
         ),
         "an empty prompt": (
             with_row(prompt=" ", answer="1"),
@@ -816,8 +817,8 @@ AT = "for completion 0 (...)"
         ),
         "judges nothing": (
             "def reward(prompts, **columns):\n    return [0.0] * 7 + [None]",
-            "task.reward: reward returned None for completion 7 (...); at least one must judge it, "
-            "so leave such rows out of the data, or add a function that does",
+            "task.reward: ...:reward returned None for completion 7 (...); at least one must judge "
+            "it: leave such rows out, or add a function that does",
         ),
         "raises at one completion": (
             "seen = []\n"

@@ -1,10 +1,10 @@
 """Addition by a tutor who drops the last carry, with feedback: no answer is right at first.
 
-Two 3-digit numbers whose sum has a fourth digit, digits least significant first. A model that
-learned from this tutor, who writes 0 there, fails every question, so no response has a successful
-sibling, and without feedback nothing is ever learned. The feedback on a response marks its wrong
-digits, as in `0001`, and does not say what is right; the tutor's other examples show how to use
-such marks beside the attempt that they are of (`reprompt.show_attempt`), and how to use a
+Two 3-digit numbers with a carry at the last of their digits, which stand least significant first. A
+model that learned from this tutor, who writes 0 for it, fails every question, so no response has a
+successful sibling, and without feedback nothing is ever learned. The feedback on a response marks
+its wrong digits, as in `0001`, and does not say what is right; the tutor's other examples show how
+to use such marks beside the attempt that they are of (`reprompt.show_attempt`), and how to use a
 demonstration.
 
 A task from outside, as yours may be: `task.name: pgpo_jax.tasks.carries:task`.
@@ -59,10 +59,11 @@ def marks(response: str, answer: str) -> str:
 
 
 def _pairs(rng: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Addends whose sum has one digit more, without end."""
+    """Addends with one carry, the last, without end."""
     while True:
-        first, second = (int(value) for value in rng.integers(0, 10**DIGITS, 2))
-        if first + second >= 10**DIGITS:
+        addends = rng.integers(0, 10, (2, DIGITS))
+        if (addends.sum(axis=0) > 9).tolist() == [False] * (DIGITS - 1) + [True]:
+            first, second = (addends @ 10 ** np.arange(DIGITS)).tolist()
             yield first, second
 
 

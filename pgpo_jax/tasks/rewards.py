@@ -101,7 +101,14 @@ def load(config: TaskConfig) -> Judge | None:
         asked = _asked(questions, responses)
         given = call_rewards(functions, asked, config.reward_limit)
         rows = zip(*given, strict=True)
-        outcomes = [_sum(labels, weights, row, asked.place(i)) for i, row in enumerate(rows)]
+        outcomes = []
+        for index, row in enumerate(rows):
+            if all(each.reward is None for each in row):  # NaN would be trained on
+                raise InputError(
+                    f"task.reward: {', '.join(names)} returned None for {asked.place(index)}; at "
+                    "least one must judge it: leave such rows out, or add a function that does"
+                )
+            outcomes.append(_sum(labels, weights, row))
         outside = (i for i, outcome in enumerate(outcomes) if _leaves_0_to_1(outcome.reward))
         if not warned and (row := next(outside, None)) is not None:
             warned = True
@@ -143,24 +150,13 @@ def _asked(questions: Sequence[Question], responses: Sequence[str]) -> Asked:
     return Asked(prompts, completions, columns, [question.key for question in questions])
 
 
-def _sum(
-    labels: Sequence[str], weights: Sequence[float], row: Sequence[Given], where: str
-) -> Outcome:
-    """The weighted sum of what judged a completion; feedback in the functions' order.
-
-    Raises:
-      InputError: Nothing did: no number would be right, and NaN would be trained on.
-    """
+def _sum(labels: Sequence[str], weights: Sequence[float], row: Sequence[Given]) -> Outcome:
+    """The weighted sum of what judged a completion; feedback in the functions' order."""
     judged = [
         (label, weight, given.reward)
         for label, weight, given in zip(labels, weights, row, strict=True)
         if given.reward is not None
     ]
-    if not judged:
-        raise InputError(
-            f"task.reward: {', '.join(labels)} returned None for {where}; at least one must judge "
-            "it, so leave such rows out of the data, or add a function that does"
-        )
     reward = math.fsum(weight * value for _, weight, value in judged)
     if len(row) > 1 or weights[0] != 1:  # 0.1 + 0.7 must reach a threshold of 0.8
         reward = float(f"{reward:.12g}")

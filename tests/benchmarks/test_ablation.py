@@ -272,7 +272,7 @@ def test_a_mistake_is_found_before_anything_runs(ablation, tmp_path, arguments, 
 
 def method(c):
     """All that may make an arm another method."""
-    return c.optimizer, c.objective, c.alarms, c.distillation, c.reprompt, c.teacher
+    return repr((c.optimizer, c.objective, c.alarms, c.distillation, c.reprompt, c.teacher))
 
 
 def test_every_arm_is_a_valid_configuration_of_its_own(ablation, tmp_path):
