@@ -88,8 +88,8 @@ def _judge(question: Question, response: str) -> Outcome:
 
 
 def _examples(rng: np.random.Generator, count: int) -> list[Example]:
-    """By turns: the plain question with the tutor's sum; a demonstration beside an attempt some of
-    whose digits are one too low, with the right sum; such an attempt and its marks, likewise."""
+    """By turns: the plain question with the tutor's sum, a demonstration with the right one, an
+    attempt some of whose digits are one too low and its marks with the right one."""
     pairs, out = _pairs(rng), []
     for row in range(count):
         first, second = next(pairs)
@@ -101,7 +101,7 @@ def _examples(rng: np.random.Generator, count: int) -> list[Example]:
         if row % 3 == 0:
             out.append(Example(question, None, tutor_sum(first, second)))
         elif row % 3 == 1 or "1" not in told:
-            out.append(Example(question, question.answer, question.answer, attempt=attempt))
+            out.append(Example(question, question.answer, question.answer))
         else:
             out.append(Example(question, None, question.answer, told, attempt))
     return out
