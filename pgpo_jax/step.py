@@ -122,7 +122,7 @@ def make_train_step(
             "padding_fraction": padding_fraction(batch),
             **each._asdict(),
         }
-        place = functools.partial(_place, replicated=shardings.step)
+        place = functools.partial(_place, mesh=mesh, replicated=shardings.step)
         return state._replace(step=state.step + steps), jax.tree.map(place, measured)
 
     # Without stated shardings the partitioner may move the state from one step to the next.
@@ -254,9 +254,9 @@ def _accumulate(grad_fn: Callable[..., Any], batch: Batch, weights: Any, mesh: M
     return grads, (measured, jax.tree.map(_join, each))
 
 
-def _place(x: Array, replicated: NamedSharding) -> Array:
+def _place(x: Array, mesh: Mesh, replicated: Any) -> Array:
     """Numbers are on every device, rows where the batch's are."""
-    where = sharding.row_sharding(x.shape, replicated.mesh) if x.ndim else replicated
+    where = sharding.row_sharding(x.shape, mesh) if x.ndim else replicated
     return jax.lax.with_sharding_constraint(x, where)
 
 
