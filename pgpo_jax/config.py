@@ -60,7 +60,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """avg@k on held-out questions."""
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
-    """Hard questions and the budget of attempts at each, for the command `discover`."""
+    """Hard questions, for the command `discover`."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What is saved, and when."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

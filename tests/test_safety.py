@@ -115,12 +115,8 @@ def test_a_crash_of_the_mathematics_process_is_a_counted_reward_of_0_and_the_nex
     assert process is not None
     timer = threading.Timer(0.2, os.kill, (process.pid, signal.SIGSEGV))
     timer.start()
-    assert verifiers.math(r"\boxed{9^{9^{9^9}}}", "2", time_limit=60) == (
-        0.0,
-        "",
-        True,
-        True,
-    )
+    crashed = verifiers.math(r"\boxed{9^{9^{9^9}}}", "2", time_limit=60)
+    assert crashed == Outcome(0.0, "", well_formed=True, failed=True)
     timer.join()
     assert process.poll() == -signal.SIGSEGV
     assert verifiers.math(r"\boxed{1+1}", "2").reward == 1
