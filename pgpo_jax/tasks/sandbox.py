@@ -27,6 +27,8 @@ UNPROTECTED = (
     "files, end this run and use the network"
 )
 _WORKER = str(Path(__file__).with_name("sandbox_worker.py"))
+_INSIDE = "/sandbox_worker.py"
+"""Where it lies in a sandbox: the package itself may lie in /tmp, which is another one there."""
 _START = 30.0  # seconds, on a busy machine
 
 
@@ -47,7 +49,7 @@ class Sandbox:
         """
         command = [os.path.realpath(sys.executable), "-I", "-S", _WORKER]
         if kind == "bubblewrap":
-            command = [*_bubblewrap(command[0]), *command]
+            command = [*_bubblewrap(command[0]), *command[:-1], _INSIDE]
         _try(kind, command)
         self._pool = workers.Pool(command, {})
 
@@ -91,7 +93,7 @@ def _bubblewrap(python: str) -> list[str]:
         )
     options = ["--unshare-all", "--as-pid-1", "--new-session", "--clearenv"]
     options += ["--hostname", "sandbox", "--uid", NOBODY, "--gid", NOBODY, "--cap-drop", "ALL"]
-    options += ["--ro-bind", "/usr", "/usr"]
+    options += ["--ro-bind", "/usr", "/usr", "--size", str(SPACE), "--tmpfs", "/tmp"]
     for folder in ("/lib", "/lib64"):
         if os.path.islink(folder):
             options += ["--symlink", os.readlink(folder), folder]
@@ -104,8 +106,7 @@ def _bubblewrap(python: str) -> list[str]:
     if not Path(python).is_relative_to(sys.base_prefix):
         options += ["--ro-bind-try", python, python]
     options += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    options += ["--ro-bind", _WORKER, _WORKER, "--dev", "/dev"]
-    options += ["--size", str(SPACE), "--tmpfs", "/tmp", "--remount-ro", "/dev"]
+    options += ["--ro-bind", _WORKER, _INSIDE, "--dev", "/dev", "--remount-ro", "/dev"]
     return [program, *options, "--remount-ro", "/", "--"]
 
 
