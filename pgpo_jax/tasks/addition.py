@@ -22,6 +22,7 @@ import numpy as np
 from pgpo_jax import fields
 from pgpo_jax.errors import InputError
 from pgpo_jax.tasks.answers import Outcome
+from pgpo_jax.tasks.procedural import Questions, word_tokenizer
 from pgpo_jax.tasks.task import Example, Question, Task, TaskConfig
 
 DIGITS = 5
@@ -155,41 +156,11 @@ def worked_examples(
 
 def make_tokenizer() -> Any:
     """The task's character tokenizer as a Hugging Face fast tokenizer (16 tokens)."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<end>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
+    return word_tokenizer(VOCABULARY, ".", CHAT_TEMPLATE)
 
 
-class Questions(Sequence[Question]):
-    """Questions `start` to `start + count` in the seed's order, made when they are asked for."""
-
-    def __init__(self, start: int, count: int, seed: int):
-        self._indices, self._seed = range(start, start + count), seed
-
-    def __repr__(self) -> str:
-        """The parameters, which are all that its digest needs."""
-        return f"addition {self._indices.start}:{self._indices.stop} seed {self._seed}"
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
-        return _question(*operands(self._indices[index], self._seed))
+def _numbered(index: int, seed: int) -> Question:
+    return _question(*operands(index, seed))
 
 
 def _question(first: int, second: int) -> Question:
@@ -254,8 +225,8 @@ def load(config: TaskConfig) -> Task:
     settings = _settings(config.options)
     return Task(
         name="addition",
-        train=Questions(test, train, config.seed),
-        test=Questions(0, test, config.seed),
+        train=Questions("addition", _numbered, range(test, test + train), config.seed),
+        test=Questions("addition", _numbered, range(test), config.seed),
         verify=functools.partial(_verify, settings),
         templates=TEMPLATES,
         examples=functools.partial(_examples, settings),

@@ -19,6 +19,7 @@ import numpy as np
 
 from pgpo_jax.errors import InputError
 from pgpo_jax.tasks import programs, sandbox
+from pgpo_jax.tasks.procedural import Questions, word_tokenizer
 from pgpo_jax.tasks.task import Example, Question, Task, TaskConfig
 
 ASKED = "Write a Python function f(x) that takes these steps: "
@@ -104,42 +105,12 @@ def _rounds(seed: int) -> list[list[int]]:
 
 def make_tokenizer() -> Any:
     """The task's tokenizer: its words and the printable characters, a token each."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     whole = "|".join(map(re.escape, WHOLE))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{whole}|[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<end>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
+    return word_tokenizer(VOCABULARY, rf"{whole}|[\s\S]", CHAT_TEMPLATE)
 
 
-class Questions(Sequence[Question]):
-    """Questions `start` to `start + count` in the seed's order, made when they are asked for."""
-
-    def __init__(self, start: int, count: int, seed: int):
-        self._indices, self._seed = range(start, start + count), seed
-
-    def __repr__(self) -> str:
-        """The parameters, which are all that its digest needs."""
-        return f"code {self._indices.start}:{self._indices.stop} seed {self._seed}"
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
-        return _question(steps_of(self._indices[index], self._seed))
+def _numbered(index: int, seed: int) -> Question:
+    return _question(steps_of(index, seed))
 
 
 def _question(steps: Steps) -> Question:
@@ -183,8 +154,8 @@ def load(config: TaskConfig) -> Task:
         )
     return Task(
         name="code",
-        train=Questions(test, train, config.seed),
-        test=Questions(0, test, config.seed),
+        train=Questions("code", _numbered, range(test, test + train), config.seed),
+        test=Questions("code", _numbered, range(test), config.seed),
         verify=programs.verify_programs(config),
         templates=TEMPLATES,
         examples=_examples,
