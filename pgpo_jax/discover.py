@@ -22,14 +22,13 @@ from pgpo_jax import keys
 from pgpo_jax.command import parse
 from pgpo_jax.config import Config
 from pgpo_jax.errors import InputError, command
-from pgpo_jax.logs import read_multipliers
-from pgpo_jax.optimizer import make_optimizer
 from pgpo_jax.run import (
     STOPPED,
     Interrupted,
     Models,
     Run,
     Session,
+    configured_optimizer,
     hold_folder,
     join,
     load_run,
@@ -126,7 +125,7 @@ def _begin(run: Run, session: Session, changes: Sequence[str]) -> Models | None:
     """The model that every question begins with: as it comes, or after the warm start, which is
     saved. None where a signal ended that."""
     config = run.config
-    optimizer = make_optimizer(config.optimizer, read_multipliers(config.optimizer.replay))
+    optimizer = configured_optimizer(config)
     state = session.restore(abstract_train_state(run.params, optimizer, run.teacher), changes)
     if state is None and not config.warm_start.steps:
         return Models(run.params, run.teacher)

@@ -12,16 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from pgpo_jax import config as config_module
-from pgpo_jax import data, keys, methods, sharding
+from pgpo_jax import data, keys, sharding
 from pgpo_jax.command import parse
 from pgpo_jax.config import Config
-from pgpo_jax.data import Examples, Rollouts, TeacherPrompts
 from pgpo_jax.errors import command
 from pgpo_jax.evaluation import held_out, verify
 from pgpo_jax.keys import Stream
-from pgpo_jax.logs import read_multipliers
-from pgpo_jax.optimizer import make_optimizer
-from pgpo_jax.reprompt import answer_prompts, reprompt
+from pgpo_jax.reprompt import reprompt
 from pgpo_jax.run import (
     STOPPED,
     Clock,
@@ -29,8 +26,10 @@ from pgpo_jax.run import (
     Session,
     check_rows,
     check_siblings,
+    configured_optimizer,
     hold_folder,
     join,
+    judged_examples,
     load_run,
     make_updates,
     reactions,
@@ -46,7 +45,7 @@ from pgpo_jax.state import (
     init_train_state,
     with_fresh_teacher,
 )
-from pgpo_jax.tasks import Outcome, Question
+from pgpo_jax.tasks import Question
 
 __all__ = ["COMMAND", "STOPPED", "main", "train"]
 
@@ -75,7 +74,7 @@ def train(config: Config) -> int:
             rng = keys.generator(config.seed, Stream.REPROMPT, step)
             solve = run.task.solution
             shown = reprompt(run.policy, questions, rollouts, outcomes, rng, run.reprompt, solve)
-            examples = _make_examples(run, questions, rollouts, outcomes, shown)
+            examples = judged_examples(run, questions, rollouts, outcomes, shown)
             clock.lap("reprompt")
             # Nothing is gained by fetching one step late: the next answers need this student.
             state, row, divergence = update(state, examples)
@@ -112,7 +111,7 @@ def _begin(run: Run, session: Session, changes: Sequence[str]) -> tuple[Run, Tra
     ended the warm start.
     """
     config = run.config
-    optimizer = make_optimizer(config.optimizer, read_multipliers(config.optimizer.replay))
+    optimizer = configured_optimizer(config)
     state = session.restore(abstract_train_state(run.params, optimizer, run.teacher), changes)
     if state is None:
         params = warm_up(run, session) if config.warm_start.steps else run.params
@@ -132,24 +131,6 @@ def _questions(run: Run, step: int) -> list[Question]:
     """This host's questions of a step."""
     indices = _indices(run, step)
     return [run.task.train[int(i)] for i in indices[sharding.host_rows(len(indices))]]
-
-
-def _make_examples(
-    run: Run,
-    questions: Sequence[Question],
-    rollouts: Rollouts,
-    outcomes: Sequence[Sequence[Outcome]],
-    shown: TeacherPrompts,
-) -> Examples:
-    """This host's rows of the updates."""
-    config, answers = run.config, None
-    if config.objective.views:
-        answers = answer_prompts(run.policy, questions, rollouts, outcomes, run.reprompt)
-    rewards = [[outcome.reward for outcome in group] for group in outcomes]
-    group = methods.group_statistics(
-        rewards, run.reprompt.threshold, config.objective.scale_advantage
-    )
-    return data.make_examples(rollouts, shown, group, answers)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from pgpo_jax.run.folder import claim_folder, hold_folder, lock_folder
 from pgpo_jax.run.record import Clock, records, summarise, token_columns
 from pgpo_jax.run.session import STOPPED, Session
 from pgpo_jax.run.setup import Run, check_rows, checkpoint_folder, describe, join, load_run
-from pgpo_jax.run.updates import make_updates
+from pgpo_jax.run.updates import configured_optimizer, judged_examples, make_updates
 from pgpo_jax.run.warm_up import warm_up
 
 __all__ = [
@@ -23,10 +23,12 @@ __all__ = [
     "check_siblings",
     "checkpoint_folder",
     "claim_folder",
+    "configured_optimizer",
     "describe",
     "evaluate_sets",
     "hold_folder",
     "join",
+    "judged_examples",
     "load_run",
     "lock_folder",
     "make_updates",

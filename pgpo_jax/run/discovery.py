@@ -17,20 +17,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pgpo_jax import data, keys, methods
+from pgpo_jax import data, keys
 from pgpo_jax.data import Rollouts
 from pgpo_jax.discovery import DiscoveryConfig, Found, Method, summarise
 from pgpo_jax.errors import InputError, RunError
 from pgpo_jax.evaluation import Pace, answer, verify, within_training
 from pgpo_jax.keys import Stream
-from pgpo_jax.logs import jsonl, read_multipliers
-from pgpo_jax.optimizer import make_optimizer
+from pgpo_jax.logs import jsonl
 from pgpo_jax.reprompt import reprompt, resolve_templates, teacher_messages
 from pgpo_jax.run.evaluation import Interrupted
 from pgpo_jax.run.folder import write_file
 from pgpo_jax.run.session import Session
 from pgpo_jax.run.setup import Run
-from pgpo_jax.run.updates import make_updates
+from pgpo_jax.run.updates import configured_optimizer, judged_examples, make_updates
 from pgpo_jax.sampler import Conversation, rollout
 from pgpo_jax.state import TrainState, abstract_train_state, init_train_state
 from pgpo_jax.tasks import Outcome, Question
@@ -124,11 +123,8 @@ def distillation(trial: Trial, state: TrainState, update: Callable[..., Any]) ->
         yield Attempts(rollouts.texts[0], outcomes[0], skipped)
         rng = keys.generator(run.config.seed, Stream.DISCOVERY, trial.place, step)
         shown = reprompt(run.policy, question, rollouts, outcomes, rng, run.reprompt)
-        rewards = [[outcome.reward for outcome in outcomes[0]]]
-        group = methods.group_statistics(
-            rewards, run.reprompt.threshold, run.config.objective.scale_advantage
-        )
-        state, row, _ = update(state, data.make_examples(rollouts, shown, group))
+        examples = judged_examples(run, question, rollouts, outcomes, shown)
+        state, row, _ = update(state, examples)
         skipped = bool(row["skipped"])
 
 
@@ -237,7 +233,7 @@ def run_discovery(run: Run, models: Models, session: Session) -> dict[str, Any]:
     records = Records(folder / RECORDS)
     pairs: list[tuple[int, Method]] = [(p, method) for p in hard for method in config.methods]
     one, writer = for_one_question(run), session.writer
-    optimizer = make_optimizer(run.config.optimizer, read_multipliers(run.config.optimizer.replay))
+    optimizer = configured_optimizer(run.config)
     update = make_updates(one, abstract_train_state(models.student, optimizer, models.teacher))
 
     def begin(trial: Trial, method: Method) -> Iterator[Attempts]:

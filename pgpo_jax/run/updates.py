@@ -1,18 +1,45 @@
 """Updates of a step: mini-batches of whole questions in a drawn order, and their common metrics."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from pgpo_jax import data, fused, methods, sharding
-from pgpo_jax.data import Examples
+from pgpo_jax.config import Config
+from pgpo_jax.data import Examples, Rollouts, TeacherPrompts
 from pgpo_jax.logs import read_multipliers
 from pgpo_jax.optimizer import information_state, learning_rate, make_optimizer
+from pgpo_jax.reprompt import answer_prompts
 from pgpo_jax.run.setup import Run
 from pgpo_jax.state import TrainState, train_state_shardings
 from pgpo_jax.step import make_score, make_train_step
+from pgpo_jax.tasks import Outcome, Question
+
+
+def configured_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that a configuration states, with the multipliers that it replays."""
+    return make_optimizer(config.optimizer, read_multipliers(config.optimizer.replay))
+
+
+def judged_examples(
+    run: Run,
+    questions: Sequence[Question],
+    rollouts: Rollouts,
+    outcomes: Sequence[Sequence[Outcome]],
+    shown: TeacherPrompts,
+) -> Examples:
+    """This host's rows of the updates."""
+    config, answers = run.config, None
+    if config.objective.views:
+        answers = answer_prompts(run.policy, questions, rollouts, outcomes, run.reprompt)
+    rewards = [[outcome.reward for outcome in group] for group in outcomes]
+    group = methods.group_statistics(
+        rewards, run.reprompt.threshold, config.objective.scale_advantage
+    )
+    return data.make_examples(rollouts, shown, group, answers)
 
 
 class Updated(NamedTuple):
@@ -36,7 +63,7 @@ def make_updates(run: Run, state: TrainState) -> Callable[[TrainState, Examples]
     responses.
     """
     config, mesh = run.config, run.policy.mesh
-    optimizer = make_optimizer(config.optimizer, read_multipliers(config.optimizer.replay))
+    optimizer = configured_optimizer(config)
     vocabulary = run.policy.sampling.vocabulary()
     options = fused.Options(config.distillation, config.metrics.estimators, vocabulary)
     train_step = make_train_step(
@@ -58,7 +85,7 @@ def make_updates(run: Run, state: TrainState) -> Callable[[TrainState, Examples]
         parts = list(_mini_batches(run, int(state.step)))
         if score is not None:
             examples = _recompute(score, state.student, examples, parts, run)
-        found, divergence = [], {}
+        found, divergence, places = [], {}, []
         gaps = np.full(len(examples.responses), np.nan, np.float32)  # nats, of each response
         for index, rows in enumerate(parts):
             taken = examples.take(rows)
@@ -71,11 +98,13 @@ def make_updates(run: Run, state: TrainState) -> Callable[[TrainState, Examples]
             per_token = measured.pop("token_divergence")
             per_response = measured.pop("response_information")
             if index < config.data.updates_per_rollout:  # of the first pass
-                gaps[rows[batch.rows]] = sharding.to_host(per_response)
+                places.append((rows[batch.rows], per_response))
                 if config.metrics.samples_per_step:
                     values = data.to_rows(batch, sharding.to_host(per_token))
                     divergence |= zip(rows.tolist(), values, strict=True)
             found.append(measured)
+        for where, per_response in places:  # fetched late: the next update need not wait for it
+            gaps[where] = sharding.to_host(per_response)
         row = summarise_updates(jax.device_get(found)) | _by_kind(run, examples, gaps)
         done = int(information_state(state.opt_state).count)
         row["skipped/total"] = int(state.step) * len(parts) - done

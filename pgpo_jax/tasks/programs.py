@@ -213,8 +213,8 @@ def verify_programs(config: TaskConfig) -> Verify:
     """
     sandbox = Sandbox(config.sandbox)
 
-    def judge(question: Question, program: str) -> Outcome:
-        return judge_program(sandbox, read_tests(question.columns), program, config)
+    def judge(tests: Tests, program: str) -> Outcome:
+        return judge_program(sandbox, tests, program, config)
 
     def verify(questions: Sequence[Question], responses: Sequence[str]) -> list[Outcome]:
         if len(questions) != len(responses):
@@ -222,9 +222,11 @@ def verify_programs(config: TaskConfig) -> Verify:
         programs = map(find_program, responses)
         keys = [question.key for question in questions]
         pairs = list(zip(keys, programs, strict=True))
-        asked = dict(zip(pairs, questions, strict=True))
-        texts = [program for _, program in asked]
-        found = workers.spread(judge, asked.values(), texts, workers=config.workers)
+        asked = list(dict.fromkeys(pairs))
+        columns = {question.key: question.columns for question in questions}
+        tests = {key: read_tests(row) for key, row in columns.items()}
+        each = [(tests[key], program) for key, program in asked]
+        found = workers.spread(judge, *zip(*each, strict=True), workers=config.workers)
         outcomes = dict(zip(asked, found, strict=True))
         return [outcomes[pair] for pair in pairs]
 
